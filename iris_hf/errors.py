@@ -1,0 +1,39 @@
+"""The errors that iris_hf raises for a caller's mistakes.
+
+Each message names the value that is wrong and the way out.
+"""
+
+
+class IrisHFError(Exception):
+    """Base of every error that iris_hf raises on purpose."""
+
+
+class ConfigError(IrisHFError, ValueError):
+    """An argument or a combination of arguments cannot work."""
+
+
+class DataError(IrisHFError, ValueError):
+    """An example, a target or a prediction is not in the format it has to be in."""
+
+
+class MissingDependencyError(IrisHFError, ImportError):
+    """An optional package is needed; the message says which extra installs it."""
+
+
+def unknown_name(what: str, name: object, known: object) -> ConfigError:
+    """Build the error for a name that is in no table.
+
+    Args:
+        what: What the name stands for, such as ``"optimizer"``.
+        name: The value that was given.
+        known: The names that exist, any iterable of strings.
+
+    Returns:
+        An error that lists the near names first, then all known ones.
+    """
+    import difflib
+
+    names = sorted(str(k) for k in known)  # type: ignore[attr-defined]
+    near = difflib.get_close_matches(str(name), names, n=3)
+    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return ConfigError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(names)}.")
