@@ -1,0 +1,1 @@
+"""Models: what images they take, their steps, where they come from, how they are stored."""

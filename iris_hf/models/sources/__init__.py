@@ -1,0 +1,1 @@
+"""Models of other libraries, in the model interface of iris_hf."""
