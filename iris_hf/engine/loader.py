@@ -1,0 +1,290 @@
+"""From a dataset to batches: order, sharding, transforms, errors that name the example.
+
+The loop asks for *keys* `(epoch, index)`, and an example is a pure function of its key and the seed. So
+loader workers keep no state, an epoch can start anywhere, and every world size sees the same examples.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from iris_hf.data.collate import collate
+from iris_hf.data.targets import check_target
+from iris_hf.data.transforms import as_pair_transform
+from iris_hf.engine.rng import EXAMPLE, ORDER, mix, seed_generators
+from iris_hf.errors import ConfigError, DataError
+from iris_hf.types import CollateFunction, TargetType, Transform
+
+Key = tuple[int, int]
+"""`(epoch, index)`: which example, and for the how-manieth time."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a loader yields in place of a batch that could not be made.
+
+    An exception that travels through a loader worker loses its message in a traceback of another
+    process; this one arrives whole and is raised by the loop.
+    """
+
+    error: Exception
+
+    def reraise(self) -> None:
+        """Raise the error in the loop's process."""
+        raise self.error
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetCheck:
+    """What the model says about its targets, so that a wrong one is found before it reaches a loss.
+
+    Attributes:
+        target_type: One of the target types of the contract.
+        num_classes: Number of classes the model knows; unchecked when None.
+    """
+
+    target_type: TargetType
+    num_classes: int | None
+
+    @classmethod
+    def of(cls, model: Any) -> TargetCheck | None:
+        """Read the check off a model; None when it says nothing."""
+        target_type = getattr(model, "target_type", None)
+        if target_type is None or target_type == "image_text":
+            return None
+        return cls(target_type=target_type, num_classes=getattr(model, "num_classes", None) or None)
+
+
+class Examples(Dataset[Any]):
+    """Transformed examples by key.
+
+    Attributes:
+        dataset: index -> `(raw_input, target)`, or a bare input where `targets_required` is False.
+        transform: `(raw_input, target) -> (input, target)`.
+        seed: The run's seed.
+        targets_required: Whether an example without a target is an error.
+        check: What is checked of the transformed target; nothing when None.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        transform: Transform | None,
+        *,
+        seed: int,
+        targets_required: bool,
+        check: TargetCheck | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.transform = as_pair_transform(transform)
+        self.seed = seed
+        self.targets_required = targets_required
+        self.check = check
+        self._epoch: int | None = None
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Any, Any]] | Failure:
+        """Return the examples of one batch, or the first failure among them."""
+        examples = []
+        for key in keys:
+            try:
+                examples.append(self._example(*key))
+            except Exception as error:
+                return Failure(_named(f"Example {key[1]}", error))
+        return examples
+
+    def _example(self, epoch: int, index: int) -> tuple[Any, Any]:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(epoch)
+        seed_generators(mix(self.seed, EXAMPLE, epoch, index))
+        item = self.dataset[index]
+        if isinstance(item, tuple) and len(item) == 2:
+            raw_input, target = item
+        elif self.targets_required:
+            raise DataError(
+                f"the dataset gave {type(item).__name__}, not a pair (input, target). "
+                "Training and validation need targets."
+            )
+        else:
+            raw_input, target = item, None
+        example = self.transform(raw_input, target)
+        if self.check is not None and example[1] is not None:
+            check_target(example[1], self.check.target_type, num_classes=self.check.num_classes)
+        return example
+
+
+class Collator:
+    """Collates a batch; lets a failure through and turns an error of the collate function into one."""
+
+    def __init__(self, collate_function: CollateFunction | None) -> None:
+        self.collate_function = collate_function or collate
+
+    def __call__(self, examples: list[tuple[Any, Any]] | Failure) -> tuple[Any, Any] | Failure:
+        if isinstance(examples, Failure):
+            return examples
+        try:
+            return self.collate_function(examples)
+        except Exception as error:
+            return Failure(_named("The collate function", error))
+
+
+class EpochBatches(Sampler[list[Key]]):
+    """The micro-batches of one rank in one epoch, as keys.
+
+    The order of epoch `e` is a permutation that depends on the seed and `e`. One *global* micro-batch
+    holds `batch_size * world_size` consecutive examples of it, and rank `r` takes the r-th part: every
+    world size sees the same global batches. The incomplete one at the end is dropped. A dataset with
+    fewer than `min_examples` examples is gone through several times, each example equally often but
+    for one.
+
+    Attributes:
+        epoch: The epoch that the next iteration yields.
+        start: The first micro-batch that the next iteration yields; later ones start at 0 again.
+        batches_per_epoch: Micro-batches of this rank in an epoch.
+    """
+
+    def __init__(
+        self, num_examples: int, *, batch_size: int, min_examples: int, seed: int, rank: int, world_size: int
+    ) -> None:
+        self.num_examples = num_examples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.start = 0
+        self.examples_per_epoch = max(num_examples, min_examples)
+        self.batches_per_epoch = self.examples_per_epoch // (batch_size * world_size)
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        start, self.start = self.start, 0
+        order = self.order(self.epoch)
+        for batch in range(start, self.batches_per_epoch):
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            yield [(self.epoch, index) for index in order[first : first + self.batch_size]]
+
+    def order(self, epoch: int) -> list[int]:
+        """Return the indices of all ranks' examples in one epoch, in order."""
+        generator = torch.Generator().manual_seed(mix(self.seed, ORDER, epoch))
+        order: list[int] = []
+        while len(order) < self.examples_per_epoch:
+            order += torch.randperm(self.num_examples, generator=generator).tolist()
+        return order[: self.examples_per_epoch]
+
+
+class OrderedBatches(Sampler[list[Key]]):
+    """The batches of one rank when every example counts once, in dataset order (validation, prediction).
+
+    Rank `r` takes the r-th contiguous run of batches, so results concatenated by rank are in dataset
+    order, and a batch holds the same examples at every world size.
+
+    Attributes:
+        epoch: The epoch that keys carry.
+        batches: This rank's batches, as ranges of indices.
+    """
+
+    def __init__(self, num_examples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        starts = range(0, num_examples, batch_size)
+        per_rank, extra = divmod(len(starts), world_size)
+        first = rank * per_rank + min(rank, extra)
+        mine = starts[first : first + per_rank + (rank < extra)]
+        self.epoch = 0
+        self.batches = [range(start, min(start + batch_size, num_examples)) for start in mine]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for batch in self.batches:
+            yield [(self.epoch, index) for index in batch]
+
+
+def count_examples(dataset: Dataset[Any], what: str) -> int:
+    """Return the dataset's length.
+
+    Raises:
+        ConfigError: If it has none (a streaming dataset).
+        DataError: If it is zero.
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ConfigError(
+            f"{what} is a {type(dataset).__name__} without a length, and batches are drawn by index. "
+            "Pass a map-style dataset; a streaming one of the Hub becomes one with load_dataset(..., streaming=False)."
+        )
+    length = len(cast(Sized, dataset))
+    if length == 0:
+        raise DataError(f"{what} is empty.")
+    return length
+
+
+def make_loader(
+    examples: Examples,
+    batches: EpochBatches | OrderedBatches,
+    *,
+    collate_function: CollateFunction | None,
+    num_workers: int,
+    pin_memory: bool,
+) -> DataLoader[Any]:
+    """Build the loader. It draws nothing from the global generators.
+
+    Args:
+        examples: The examples by key.
+        batches: The keys of each batch.
+        collate_function: Makes a batch of a list of examples; the contract's rules when None.
+        num_workers: Loader processes, at most one per core and batch; 0 loads in the loop's process.
+            Batches do not depend on it.
+        pin_memory: Whether batches come in page-locked memory, for copies to a GPU that don't wait.
+
+    Raises:
+        ConfigError: If `num_workers` is negative.
+    """
+    if num_workers < 0:
+        raise ConfigError(f"num_dataloader_workers must not be negative, got {num_workers}.")
+    num_workers = min(num_workers, len(batches), len(os.sched_getaffinity(0)))
+    return DataLoader(
+        examples,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=Collator(collate_function),
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def to_device(data: Any, device: torch.device) -> Any:
+    """Move every tensor in nested lists, tuples and dicts; other values stay as they are."""
+    if isinstance(data, torch.Tensor):
+        return data.to(device, non_blocking=True)
+    return map_nested(lambda item: to_device(item, device), data)
+
+
+def map_nested(function: Callable[[Any], Any], data: Any) -> Any:
+    """Apply a function to the items of a list, tuple or dict, keeping its kind; other values stay."""
+    if isinstance(data, dict):
+        return {key: function(value) for key, value in data.items()}
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*map(function, data))
+    if isinstance(data, (list, tuple)):
+        return type(data)(map(function, data))
+    return data
+
+
+def _named(what: str, error: Exception) -> DataError:
+    """Return a DataError that says what failed, and survives the way from a loader worker to the loop."""
+    if isinstance(error, DataError):
+        return DataError(f"{what}: {error}")
+    named = DataError(f"{what}: {type(error).__name__}: {error}")
+    named.add_note("".join(traceback.format_exception(error)))  # notes are pickled, tracebacks and causes are not
+    return named
