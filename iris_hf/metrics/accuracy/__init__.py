@@ -1,0 +1,1 @@
+"""The `evaluate` module for accuracy; its folder is what `evaluate.load` takes."""
