@@ -1,0 +1,1 @@
+"""What every run stands on: devices, worker processes, loading, randomness and plugins."""

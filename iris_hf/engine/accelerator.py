@@ -22,6 +22,11 @@ def launched_world_size() -> int | None:
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else None
 
 
+def available_cores() -> int:
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def needs_local_workers(num_processes: int) -> bool:
     """Whether `num_processes` workers have to be started from this process.
 

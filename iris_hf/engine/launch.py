@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from iris_hf.engine.accelerator import Device
+from iris_hf.engine.accelerator import Device, available_cores
 
 _CALL, _RESULT, _ERROR = "call.dill", "result.dill", "error-{rank}.dill"
 
@@ -49,12 +49,13 @@ def run_in_workers(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=num_processes,
+            run_id=Path(folder).name,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             max_restarts=0,
         )
         threads = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = threads or str(max(1, len(os.sched_getaffinity(0)) // num_processes))
+        os.environ["OMP_NUM_THREADS"] = threads or str(max(1, available_cores() // num_processes))
         try:
             elastic_launch(config, sys.executable)("-m", __name__, folder)
         except ChildFailedError as failure:

@@ -6,7 +6,6 @@ loader workers keep no state, an epoch can start anywhere, and every world size 
 
 from __future__ import annotations
 
-import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from iris_hf.data.collate import collate
 from iris_hf.data.targets import check_target
 from iris_hf.data.transforms import as_pair_transform
+from iris_hf.engine.accelerator import available_cores
 from iris_hf.engine.rng import EXAMPLE, ORDER, mix, seed_generators
 from iris_hf.errors import ConfigError, DataError
 from iris_hf.types import CollateFunction, TargetType, Transform
@@ -128,6 +128,7 @@ class Collator:
         self.collate_function = collate_function or collate
 
     def __call__(self, examples: list[tuple[Any, Any]] | Failure) -> tuple[Any, Any] | Failure:
+        """Return the batch."""
         if isinstance(examples, Failure):
             return examples
         try:
@@ -251,7 +252,7 @@ def make_loader(
     """
     if num_workers < 0:
         raise ConfigError(f"num_dataloader_workers must not be negative, got {num_workers}.")
-    num_workers = min(num_workers, len(batches), len(os.sched_getaffinity(0)))
+    num_workers = min(num_workers, len(batches), available_cores())
     return DataLoader(
         examples,
         batch_sampler=batches,

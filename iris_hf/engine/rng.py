@@ -51,7 +51,8 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
 @contextmanager
 def preserve_generators(device: torch.device | None = None) -> Iterator[None]:
     """Give the global generators back as they were: a run leaves no trace in the caller's randomness."""
-    cuda = torch.cuda.get_rng_state(device) if device is not None and device.type == "cuda" else None
+    gpu = device if device is not None and device.type == "cuda" else None
+    gpu_state = None if gpu is None else torch.cuda.get_rng_state(gpu)
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield
@@ -59,5 +60,5 @@ def preserve_generators(device: torch.device | None = None) -> Iterator[None]:
         torch.set_rng_state(state[0])
         random.setstate(state[1])
         np.random.set_state(state[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, device)
+        if gpu is not None and gpu_state is not None:
+            torch.cuda.set_rng_state(gpu_state, gpu)

@@ -1,0 +1,198 @@
+"""Prediction over a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from iris_hf.engine.accelerator import Device, needs_local_workers, open_accelerator
+from iris_hf.engine.launch import run_in_workers
+from iris_hf.engine.loader import (
+    Examples,
+    Failure,
+    OrderedBatches,
+    count_examples,
+    make_loader,
+    map_nested,
+    to_device,
+)
+from iris_hf.engine.plugins import Plugin, PluginList, PredictState, load_plugins
+from iris_hf.engine.rng import preserve_generators
+from iris_hf.errors import ConfigError, DataError
+from iris_hf.models.steps import as_predictor
+from iris_hf.types import CollateFunction, Transform
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class PredictResult(NamedTuple):
+    """What prediction returns, on the CPU and in dataset order.
+
+    Attributes:
+        predictions: A tensor `[N, ...]`, or a list of N where shapes differ or the model gives lists.
+        targets: The same for the targets; None where the dataset has none.
+    """
+
+    predictions: Any
+    targets: Any
+
+
+def predict(
+    dataset: Dataset[Any],
+    model: nn.Module,
+    transform: Transform | None = None,
+    collate_function: CollateFunction | None = None,
+    *,
+    batch_size: int = 1,
+    device: Device | None = None,
+    num_processes: int = 1,
+    num_dataloader_workers: int = 4,
+    plugins: Sequence[str | Plugin] = (),
+) -> PredictResult:
+    """Run a model over a dataset.
+
+    Every example is predicted once, whatever the number of processes, and every process returns all results.
+    Batches hold the same examples at every world size, so the numbers are the same too.
+
+    Args:
+        dataset: index -> `(raw_input, target)`, or a bare input that is not a pair.
+        model: Has `prediction_step(inputs)`, or `predictor` and `forward`, or `forward`. It runs in eval mode and
+            comes back as it was.
+        transform: `(raw_input, target) -> (input, target)`, or image-only; None leaves examples as they are.
+        collate_function: list of `(input, target)` -> `(inputs_batch, targets_batch)`; the contract's rules when None.
+        batch_size: Examples per process.
+        device: `"cpu"` or `"cuda"`; what is there when None.
+        num_processes: Outside a launcher, local worker processes to start. Inside one its world size rules, and a
+            contradicting value is an error.
+        num_dataloader_workers: Loader processes per process, at most one per core.
+        plugins: Names, with arguments where needed, or Plugin objects.
+
+    Returns:
+        Predictions and targets. Tensors of one shape are concatenated; otherwise they come as a list with one
+        item per example. Lists, of dicts too, are flattened.
+
+    Raises:
+        ConfigError: If the configuration is contradictory.
+        DataError: If the dataset is empty, an example is invalid (the message names it), or the model does not
+            give one prediction per example.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
+    arguments = (dataset, model, transform, collate_function, batch_size, device, num_dataloader_workers, plugins)
+    if needs_local_workers(num_processes):
+        result: PredictResult = run_in_workers(_predict_here, *arguments, num_processes=num_processes, device=device)
+        return result
+    return _predict_here(*arguments)
+
+
+def _predict_here(
+    dataset: Dataset[Any],
+    model: nn.Module,
+    transform: Transform | None,
+    collate_function: CollateFunction | None,
+    batch_size: int,
+    device: Device | None,
+    num_dataloader_workers: int,
+    plugins: Sequence[str | Plugin],
+) -> PredictResult:
+    """Predict in this process, as one rank of its launcher's world."""
+    plugin_list = load_plugins(plugins)
+    num_examples = count_examples(dataset, "dataset")
+    as_predictor(model)  # a model that cannot predict is an error before anything is set up
+    with open_accelerator(device, **plugin_list.accelerator_options()) as accelerator:
+        batches = OrderedBatches(
+            num_examples,
+            batch_size=batch_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        loader = make_loader(
+            Examples(dataset, transform, seed=0, targets_required=False),
+            batches,
+            collate_function=collate_function,
+            num_workers=num_dataloader_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        with (
+            preserve_generators(accelerator.device),
+            plugin_list.running(),
+            _lent(plugin_list.transform("transform_model", model), accelerator.device) as lent,
+        ):
+            predictions, targets = _run(accelerator, plugin_list, lent, loader, batches)
+        return PredictResult(_joined(_gathered(predictions)), _joined(_gathered(targets)))
+
+
+@torch.no_grad()
+def _run(
+    accelerator: Accelerator, plugins: PluginList, model: nn.Module, loader: Any, batches: OrderedBatches
+) -> tuple[list[Any], list[Any]]:
+    """Return this rank's predictions and targets, batch by batch, on the CPU."""
+    predictor = as_predictor(model)
+    state = PredictState(accelerator=accelerator, model=model, num_batches=len(batches))
+    predictions, targets = [], []
+    plugins.notify("on_prediction_start", state)
+    for batch, keys in zip(loader, batches.batches, strict=True):
+        if isinstance(batch, Failure):
+            batch.reraise()
+        inputs, batch_targets = batch
+        with accelerator.autocast(), plugins.forward_context():
+            batch_predictions = to_device(predictor(to_device(inputs, accelerator.device)), torch.device("cpu"))
+        if not hasattr(batch_predictions, "__len__") or len(batch_predictions) != len(keys):
+            raise DataError(
+                f"{type(model).__name__} gave {_count(batch_predictions)} for the {len(keys)} examples "
+                f"{keys[0]} to {keys[-1]}. It has to give one prediction per example: a tensor [N, ...] or a list."
+            )
+        predictions.append(batch_predictions)
+        targets.append(_own(batch_targets))
+        state.batch += 1
+        plugins.notify("on_prediction_batch_end", state)
+    plugins.notify("on_prediction_end", state)
+    return predictions, targets
+
+
+@contextmanager
+def _lent(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """Put a model on the device and in eval mode, and give it back as it was."""
+    modes = {module: module.training for module in model.modules()}
+    home = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), device)
+    try:
+        yield model.to(device).eval()
+    finally:
+        model.to(home)
+        for module, training in modes.items():
+            module.training = training
+
+
+def _gathered(batches: list[Any]) -> list[Any]:
+    """Return the batches of all ranks, in dataset order, on every rank."""
+    from accelerate.utils import gather_object
+
+    gathered: list[Any] = gather_object(batches)
+    return gathered
+
+
+def _joined(batches: list[Any]) -> Any:
+    """Join batches into one tensor where shapes allow, else into one list with an item per example."""
+    if all(batch is None for batch in batches):
+        return None
+    if all(isinstance(batch, Tensor) and batch.shape[1:] == batches[0].shape[1:] for batch in batches):
+        return torch.cat(batches)
+    return [item for batch in batches for item in batch]
+
+
+def _own(targets: Any) -> Any:
+    """Copy tensors out of page-locked memory, of which there is little."""
+    if isinstance(targets, Tensor):
+        return targets.clone() if targets.is_pinned() else targets
+    return map_nested(_own, targets)
+
+
+def _count(predictions: Any) -> str:
+    kind = type(predictions).__name__
+    return f"a {kind} of length {len(predictions)}" if hasattr(predictions, "__len__") else f"a {kind}"

@@ -1,0 +1,102 @@
+"""The configuration of a training run, checked once for every door that leads to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from iris_hf.engine.accelerator import Device
+from iris_hf.engine.plugins import Plugin
+from iris_hf.errors import ConfigError
+from iris_hf.training.optimizers import OPTIMIZERS
+from iris_hf.training.schedulers import LrSchedulerConfig
+
+OptimizerName = Literal[
+    "sgd",
+    "adam",
+    "amsgrad",
+    "adamw",
+    "adamw_amsgrad",
+    "rmsprop",
+    "zero_adam",
+    "zero_amsgrad",
+    "zero_adamw",
+    "zero_adamw_amsgrad",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The keyword arguments of :func:`iris_hf.train`, which documents them and has the defaults.
+
+    Raises:
+        ConfigError: If a value is out of its range or two values contradict each other.
+    """
+
+    num_epochs: int
+    batch_size: int
+    base_lr: float
+    device: Device | None
+    lr_scheduler: LrSchedulerConfig | Mapping[str, Any] | None
+    accumulate_grad_batches: int | None
+    momentum: float
+    nesterov: bool
+    optimizer: OptimizerName
+    val_check_interval: float | None
+    val_check_interval_epoch: int | None
+    val_batch_size: int | None
+    weight_decay: float
+    num_processes: int
+    num_dataloader_workers: int
+    no_weight_decay_param_names: Sequence[str] | None
+    no_weight_decay_module_class_names: Sequence[str] | None
+    lr_scale_param_names: Sequence[tuple[str, float]] | None
+    plugins: Sequence[str | Plugin]
+    random_seed: int | None
+    ddp_find_unused_parameters: bool
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_epochs",
+            "batch_size",
+            "accumulate_grad_batches",
+            "val_batch_size",
+            "val_check_interval_epoch",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
+        for name in ("base_lr", "weight_decay", "momentum", "num_dataloader_workers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.val_check_interval is not None and not 0 < self.val_check_interval <= 1:
+            raise ConfigError(
+                f"val_check_interval is a fraction of num_epochs in (0, 1], got {self.val_check_interval}. "
+                "For a number of epochs use val_check_interval_epoch."
+            )
+        if self.val_check_interval is not None and self.val_check_interval_epoch is not None:
+            raise ConfigError(
+                f"val_check_interval={self.val_check_interval} and val_check_interval_epoch="
+                f"{self.val_check_interval_epoch} say different things: give one of them."
+            )
+        OPTIMIZERS.check(self.optimizer, momentum=self.momentum, nesterov=self.nesterov)
+        LrSchedulerConfig.of(self.lr_scheduler)
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> TrainConfig:
+        """Pick the configuration out of the arguments of a training function."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one rank in a full optimizer step."""
+        return self.accumulate_grad_batches or 1
+
+    def validates_after(self, epoch: int) -> bool:
+        """Whether the validation set is gone through after epoch `epoch` (from 0): at intervals, and after the last."""
+        if self.val_check_interval is not None:
+            interval = max(1, int(self.num_epochs * self.val_check_interval))
+        else:
+            interval = self.val_check_interval_epoch or 1
+        return (epoch + 1) % interval == 0 or epoch + 1 == self.num_epochs
