@@ -1,0 +1,1 @@
+"""Data sets, targets, images, collation and transforms."""

@@ -79,7 +79,8 @@ def _batch_inputs(values: list[Any], what: str) -> Any:
         for position, value in enumerate(values):
             if len(value) != len(first):
                 raise DataError(
-                    f"The {what} of example {position} of the batch is a tuple of {len(value)}, the first of {len(first)}."
+                    f"The {what} of example {position} of the batch is a tuple of {len(value)}, "
+                    f"that of the first of {len(first)}."
                 )
         return tuple(_batch_inputs([v[i] for v in values], f"{what}[{i}]") for i in range(len(first)))
     if isinstance(first, list) and all(isinstance(item, str) for item in first):

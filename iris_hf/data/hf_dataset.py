@@ -1,0 +1,270 @@
+"""Hugging Face data sets as torch data sets of (RGB image, target)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import torch.utils.data
+
+from iris_hf.data.columns import IGNORE_INDEX, Layout, find_layout
+from iris_hf.data.hf_targets import check_mask_size, read_classes, read_targets
+from iris_hf.data.images import decode_image, read_image_bytes
+from iris_hf.errors import ConfigError, DataError
+from iris_hf.types import TargetType
+
+
+def from_hf(
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    *,
+    target_type: TargetType | None = None,
+    class_names: Sequence[str] | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    fix_boxes: bool = False,
+) -> HFDataset | HFIterableDataset:
+    """Read a Hugging Face data set as a torch data set of (RGB image, target).
+
+    The columns are found by name and feature, see :mod:`iris_hf.data.columns`. Images are decoded when an example is
+    read and only then, without EXIF transposition, so that boxes and masks match. An image-text example is
+    ``((image, caption), label or None)``.
+
+    Args:
+        dataset: One split, map-style or streaming. Selections, shuffles and splits by node are respected; a format
+            or transform that is set on it is not applied.
+        target_type: What the targets mean; None infers it from the features.
+        class_names: Names in the order of the class indices. Needed where the features hold none, such as index
+            masks without a `classes` column; otherwise they replace the names in the features.
+        ignore_index: The pixel value of index masks that belongs to no class.
+        fix_boxes: Clip boxes to the image and drop those of which nothing is left. Without it, a box that leaves the
+            image by more than a rounding error of 1e-6, or is empty, is an error.
+
+    Returns:
+        A map-style data set, or a streaming one for a streaming source.
+
+    Raises:
+        ConfigError: If the target type cannot be inferred or the columns do not fit it; the message lists them.
+    """
+    if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        raise ConfigError(f"Give one split of the data set, such as dataset[{next(iter(dataset), 'train')!r}].")
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        raise ConfigError(f"from_hf takes a datasets.Dataset or IterableDataset, not {type(dataset).__name__}.")
+    if dataset.features is None:
+        raise ConfigError("The features of the streaming data set are unknown. Give them: dataset.cast(features).")
+    layout = find_layout(
+        dataset.features,
+        target_type=target_type,
+        class_names=class_names,
+        ignore_index=ignore_index,
+        fix_boxes=fix_boxes,
+    )
+    is_map_style = isinstance(dataset, datasets.Dataset)
+    return HFDataset(dataset, layout) if is_map_style else HFIterableDataset(dataset, layout)
+
+
+class HFDataset(torch.utils.data.Dataset[Any]):
+    """A map-style Hugging Face data set as (RGB image, target); made by :func:`from_hf`.
+
+    Attributes:
+        hf_dataset: The data set behind it, as it was given.
+        layout: Which column holds what.
+    """
+
+    def __init__(self, hf_dataset: datasets.Dataset, layout: Layout) -> None:
+        self.hf_dataset = hf_dataset
+        self.layout = layout
+        arrow = hf_dataset.with_format("arrow")  # undecoded
+        self._rows = arrow.select_columns(layout.columns)
+        self._target_rows = arrow.select_columns(layout.target_columns)
+
+    @property
+    def target_type(self) -> TargetType:
+        """What the targets mean."""
+        return self.layout.target_type
+
+    @property
+    def class_names(self) -> list[str]:
+        """The name of each class; empty for image-text pairs without classes."""
+        return list(self.layout.class_names or ())
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.layout.class_names or ())
+
+    def __len__(self) -> int:
+        return len(self.hf_dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return _examples(self._rows[int(index)], self.layout, [self._position(index)])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
+        rows = [int(index) for index in indices]
+        return _examples(self._rows[rows], self.layout, [self._position(index) for index in rows])
+
+    def get_targets(self, index: int) -> Any:
+        """Read one target without touching the image.
+
+        Args:
+            index: Position in this data set; negative ones count from the end.
+        """
+        if not self.layout.target_columns:
+            return None
+        target = read_targets(self._target_rows[int(index)], self.layout, [self._position(index)])[0]
+        return int(target) if self.target_type == "multiclass" else target
+
+    def get_all_targets(self) -> Any:
+        """Read all targets at once: a tensor for multiclass `[N]` and multilabel `[N, num_classes]`, else a list."""
+        if not self.layout.target_columns:
+            return [None] * len(self)
+        return read_targets(self._target_rows[:], self.layout, range(len(self)))
+
+    def get_all_classes(self) -> list[list[int]]:
+        """Read which classes occur in each example, without decoding images, nor masks if a column lists them."""
+        if not self.layout.target_columns:
+            return [[] for _ in range(len(self))]
+        classes = self.layout.classes
+        rows = self._target_rows
+        if classes is not None:
+            rows = self.hf_dataset.with_format("arrow").select_columns([classes])
+        return read_classes(rows[:], self.layout, range(len(self)))
+
+    def get_encoded(self, index: int) -> tuple[Any, Any]:
+        """Read an example with its image as encoded bytes.
+
+        Args:
+            index: Position in this data set; negative ones count from the end.
+        """
+        return _examples(self._rows[int(index)], self.layout, [self._position(index)], decode=False)[0]
+
+    def select(self, indices: Iterable[int]) -> HFDataset:
+        """Give the data set of some examples; no image is read.
+
+        Args:
+            indices: Positions in this data set, in the order wanted; repetitions are fine.
+        """
+        return HFDataset(self.hf_dataset.select(indices), self.layout)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"hf_dataset": self.hf_dataset, "layout": self.layout}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        return f"HFDataset({self.target_type}, {len(self)} examples, {self.num_classes} classes)"
+
+    def _position(self, index: int) -> int:
+        return int(index) if index >= 0 else int(index) + len(self)
+
+
+class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
+    """A streaming Hugging Face data set as (RGB image, target); made by :func:`from_hf`.
+
+    DataLoader workers share its shards as `datasets` does: each example comes once, and workers beyond the number of
+    shards stay idle.
+
+    Attributes:
+        hf_dataset: The data set behind it, as it was given.
+        layout: Which column holds what.
+    """
+
+    def __init__(self, hf_dataset: datasets.IterableDataset, layout: Layout) -> None:
+        self.hf_dataset = hf_dataset
+        self.layout = layout
+        self._rows = hf_dataset.with_format(None).select_columns(layout.columns).decode(False)
+        self._types = {name: layout_type.type for name, layout_type in zip(*_arrow_fields(self._rows), strict=True)}
+
+    @property
+    def target_type(self) -> TargetType:
+        """What the targets mean."""
+        return self.layout.target_type
+
+    @property
+    def class_names(self) -> list[str]:
+        """The name of each class; empty for image-text pairs without classes."""
+        return list(self.layout.class_names or ())
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.layout.class_names or ())
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for position, table in enumerate(self._tables()):
+            yield _examples(table, self.layout, [position])[0]
+
+    def iter_encoded(self) -> Iterator[tuple[Any, Any]]:
+        """Iterate over (raw input, target) with images as encoded bytes."""
+        for position, table in enumerate(self._tables()):
+            yield _examples(table, self.layout, [position], decode=False)[0]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, which seeds a shuffled data set.
+
+        Args:
+            epoch: From 0.
+        """
+        self.hf_dataset.set_epoch(epoch)
+        self._rows.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iteration stands, as `datasets` counts it."""
+        return self._rows.state_dict()  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state at the next iteration.
+
+        Args:
+            state: From :meth:`state_dict`.
+        """
+        self._rows.load_state_dict(state)
+
+    def __repr__(self) -> str:
+        return f"HFIterableDataset({self.target_type}, {self.num_classes} classes)"
+
+    def _tables(self) -> Iterator[pa.Table]:
+        for row in self._rows:
+            yield pa.table({name: pa.array([row[name]], type=kind) for name, kind in self._types.items()})
+
+
+def _arrow_fields(dataset: datasets.IterableDataset) -> tuple[list[str], list[pa.Field]]:
+    schema = dataset.features.arrow_schema
+    return schema.names, list(schema)
+
+
+def _examples(table: pa.Table, layout: Layout, indices: Sequence[int], decode: bool = True) -> list[tuple[Any, Any]]:
+    wheres = [f"Example {index}: " for index in indices]
+    images = table[layout.image].to_pylist()
+    inputs: list[Any] = [
+        decode_image(image, where) if decode else read_image_bytes(image, where)
+        for image, where in zip(images, wheres, strict=True)
+    ]
+    targets = read_targets(table, layout, indices)
+    if layout.target_type == "multiclass":
+        targets = targets.tolist()
+    if layout.caption is not None:
+        captions = table[layout.caption].to_pylist()
+        for caption, where in zip(captions, wheres, strict=True):
+            if caption is None:
+                raise DataError(f"{where}{layout.caption!r} is null. Drop the example or give it a caption.")
+        inputs = list(zip(inputs, captions, strict=True))
+    if layout.target_type == "segmentation" and decode:
+        for masks, image, where in zip(targets, inputs, wheres, strict=True):
+            check_mask_size(masks, image, where)
+    if layout.target_type == "detection" and layout.has_size and decode:
+        _check_not_rotated(table, inputs, wheres)
+    return list(zip(inputs, targets, strict=True))
+
+
+def _check_not_rotated(table: pa.Table, images: Sequence[Any], wheres: Sequence[str]) -> None:
+    """Boxes drawn on an EXIF-rotated view do not fit the stored pixels; merely resized images keep relative boxes."""
+    for width, height, image, where in zip(
+        table["width"].to_pylist(), table["height"].to_pylist(), images, wheres, strict=True
+    ):
+        if width != height and image.size == (height, width):
+            raise DataError(
+                f"{where}the columns say {width} x {height} pixels, the image {image.width} x {image.height}: its "
+                "boxes were drawn on a rotated view (EXIF). Rotate the image or the boxes."
+            )

@@ -1,0 +1,129 @@
+"""Targets of whole data sets, without decoding images wherever that can be avoided."""
+
+from __future__ import annotations
+
+import bisect
+from typing import Any
+
+import torch
+import torch.utils.data
+from torch import Tensor
+
+from iris_hf.data.targets import classes_in, infer_target_type
+from iris_hf.errors import DataError
+from iris_hf.types import TargetType
+
+
+def get_targets_from_dataset(dataset: Any) -> Any:
+    """Read all targets of a data set of (raw input, target).
+
+    A data set that can tell its targets alone is asked for them: all at once (``get_all_targets``, as the data sets of
+    :func:`iris_hf.data.from_hf` have it), or one by one (``get_targets(index)``). torch's ``Subset`` and
+    ``ConcatDataset`` of such data sets are looked through. Any other is read example by example.
+
+    Args:
+        dataset: Map-style, or iterable.
+
+    Returns:
+        One tensor `[N, ...]` when the targets are integers or tensors of one shape, else a list of N.
+
+    Raises:
+        DataError: If there are no examples.
+    """
+    targets = _all_targets(dataset)
+    if isinstance(targets, Tensor):
+        if len(targets) == 0:
+            raise DataError("The data set has no examples.")
+        return targets
+    if not targets:
+        raise DataError("The data set has no examples.")
+    first = targets[0]
+    if isinstance(first, Tensor):
+        same = all(isinstance(target, Tensor) and target.shape == first.shape for target in targets)
+        return torch.stack(targets) if same else targets
+    if all(isinstance(target, int) for target in targets):
+        return torch.tensor(targets)
+    return targets
+
+
+def get_classes_from_dataset(dataset: Any, *, target_type: TargetType | None = None) -> list[list[int]]:
+    """Read which classes occur in each example, in ascending order.
+
+    Decodes no images, and no masks of a data set that lists their classes in a column.
+
+    Args:
+        dataset: Map-style, or iterable.
+        target_type: What the targets mean; None asks the data set, or tells it from the first target that is not None.
+
+    Returns:
+        A list of class indices for each example.
+    """
+    classes = _all_classes(dataset)
+    if classes is not None:
+        return classes
+    targets = list(_all_targets(dataset))
+    if target_type is None:
+        target_type = getattr(dataset, "target_type", None)
+    if target_type is None:
+        target_type = infer_target_type(next((target for target in targets if target is not None), None))
+    return [[] if target is None else classes_in(target, target_type) for target in targets]
+
+
+def locate(dataset: Any, index: int) -> tuple[Any, int]:
+    """Find where an example of torch's ``Subset`` and ``ConcatDataset`` comes from.
+
+    Args:
+        dataset: Any map-style data set.
+        index: From 0.
+
+    Returns:
+        The data set that is neither, and the index in it.
+    """
+    while True:
+        if type(dataset) is torch.utils.data.Subset:
+            dataset, index = dataset.dataset, int(dataset.indices[index])
+        elif type(dataset) is torch.utils.data.ConcatDataset:
+            part = bisect.bisect_right(dataset.cumulative_sizes, index)
+            start = dataset.cumulative_sizes[part - 1] if part else 0
+            dataset, index = dataset.datasets[part], index - start
+        else:
+            return dataset, index
+
+
+def _all_targets(dataset: Any) -> Any:
+    """A tensor or a list."""
+    if hasattr(dataset, "get_all_targets"):
+        return dataset.get_all_targets()
+    if type(dataset) is torch.utils.data.Subset:
+        return _subset_targets(dataset)
+    if type(dataset) is torch.utils.data.ConcatDataset:
+        parts = [_all_targets(part) for part in dataset.datasets]
+        if all(isinstance(part, Tensor) and part.shape[1:] == parts[0].shape[1:] for part in parts):
+            return torch.cat(parts)
+        return [target for part in parts for target in part]
+    if hasattr(dataset, "get_targets"):
+        return [dataset.get_targets(index) for index in range(len(dataset))]
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        return [dataset[index][1] for index in range(len(dataset))]
+    return [target for _, target in dataset]
+
+
+def _subset_targets(subset: Any) -> Any:
+    leaf, indices = subset.dataset, [int(index) for index in subset.indices]
+    if hasattr(leaf, "get_all_targets") and hasattr(leaf, "select"):
+        return leaf.select(indices).get_all_targets()
+    found = [locate(leaf, index) for index in indices]
+    return [owner.get_targets(i) if hasattr(owner, "get_targets") else owner[i][1] for owner, i in found]
+
+
+def _all_classes(dataset: Any) -> list[list[int]] | None:
+    if hasattr(dataset, "get_all_classes"):
+        return dataset.get_all_classes()  # type: ignore[no-any-return]
+    if type(dataset) is torch.utils.data.Subset:
+        classes = _all_classes(dataset.dataset)
+        return None if classes is None else [classes[int(index)] for index in dataset.indices]
+    if type(dataset) is torch.utils.data.ConcatDataset:
+        parts = [_all_classes(part) for part in dataset.datasets]
+        known = [part for part in parts if part is not None]
+        return [row for part in known for row in part] if len(known) == len(parts) else None
+    return None
