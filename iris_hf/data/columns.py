@@ -227,7 +227,9 @@ _FINDERS: dict[TargetType, Callable[[datasets.Features], _Found | None]] = {
 
 
 def _image_column(features: datasets.Features, besides: str | None) -> str:
-    columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image) and name != besides]
+    columns: list[str] = [
+        name for name, feature in features.items() if isinstance(feature, datasets.Image) and name != besides
+    ]
     known = [name for name in _IMAGES if name in columns]
     if known:
         return known[0]

@@ -118,17 +118,15 @@ class HFDataset(torch.utils.data.Dataset[Any]):
         """Read all targets at once: a tensor for multiclass `[N]` and multilabel `[N, num_classes]`, else a list."""
         if not self.layout.target_columns:
             return [None] * len(self)
-        return read_targets(self._target_rows[:], self.layout, range(len(self)))
+        return read_targets(_whole_columns(self.hf_dataset, self.layout.target_columns), self.layout, range(len(self)))
 
     def get_all_classes(self) -> list[list[int]]:
         """Read which classes occur in each example, without decoding images, nor masks if a column lists them."""
         if not self.layout.target_columns:
             return [[] for _ in range(len(self))]
         classes = self.layout.classes
-        rows = self._target_rows
-        if classes is not None:
-            rows = self.hf_dataset.with_format("arrow").select_columns([classes])
-        return read_classes(rows[:], self.layout, range(len(self)))
+        columns = self.layout.target_columns if classes is None else [classes]
+        return read_classes(_whole_columns(self.hf_dataset, columns), self.layout, range(len(self)))
 
     def get_encoded(self, index: int) -> tuple[Any, Any]:
         """Read an example with its image as encoded bytes.
@@ -227,6 +225,22 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
     def _tables(self) -> Iterator[pa.Table]:
         for row in self._rows:
             yield pa.table({name: pa.array([row[name]], type=kind) for name, kind in self._types.items()})
+
+
+def _whole_columns(dataset: datasets.Dataset, columns: list[str]) -> pa.Table:
+    """Read columns in the order of the data set.
+
+    `datasets` gathers the rows of a shuffled data set one by one; one ``take`` is 15 times faster, but copies, which
+    is too much for images.
+    """
+    order = dataset._indices
+    if order is None or any(isinstance(feature, datasets.Image) for feature in _leaves(dataset.features, columns)):
+        return dataset.with_format("arrow").select_columns(columns)[:]
+    return dataset.data.table.select(columns).combine_chunks().take(order.column(0))
+
+
+def _leaves(features: datasets.Features, columns: list[str]) -> list[Any]:
+    return [getattr(features[name], "feature", features[name]) for name in columns]
 
 
 def _arrow_fields(dataset: datasets.IterableDataset) -> tuple[list[str], list[pa.Field]]:
