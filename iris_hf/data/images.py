@@ -121,7 +121,7 @@ def read_image_bytes(source: Any, where: str = "") -> bytes:
         return read_image_bytes(source["bytes"], where)
     path = source.get("path") if isinstance(source, Mapping) else source
     if not isinstance(path, (str, os.PathLike)):
-        found = "nothing" if source is None else f"a {type(source).__name__}"
+        found = "nothing" if path is None else f"a {type(path).__name__}"
         raise DataError(f"{where}an image is a PIL image, encoded bytes or a path, not {found}.")
     path = os.fspath(path)
     try:
