@@ -209,7 +209,7 @@ def _create(
     for module in model.modules():
         if isinstance(module, Normalize):
             module.to(network.dtype)
-    if processor is not None and image_spec is None:
+    if processor is not None and all(getattr(spec, name) == value for name, value in fields.items()):
         model._image_processor = processor
     return record(
         model,
