@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ def to_tensor(values: Any, name: str) -> Tensor:
 
     Args:
         values: The numbers. A tensor stays on its device and keeps its type.
-        name: What they are, for the error, such as ``"predictions"``.
+        name: What they are, for the error, such as ``"Predictions"``.
 
     Raises:
         DataError: If they are ragged or no numbers.
@@ -32,7 +33,21 @@ def to_tensor(values: Any, name: str) -> Tensor:
             raise ValueError(f"they are of type {array.dtype}")
         return torch.from_numpy(array)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise DataError(f"The {name} cannot become one array of numbers: {error}.") from error
+        raise DataError(f"{name} cannot become one array of numbers: {error}.") from error
+
+
+def to_numpy(values: Any, name: str) -> npt.NDArray[Any]:
+    """Make one array, a copy on the CPU, of what :func:`to_tensor` takes.
+
+    Args:
+        values: The numbers. Types keep their width, but bfloat16, unknown to NumPy, becomes float32.
+        name: What they are, for the error.
+
+    Raises:
+        DataError: If they are ragged or no numbers.
+    """
+    tensor = to_tensor(values, name).cpu()
+    return np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
 
 
 def to_class_indices(values: Tensor, name: str, first: int = 0) -> Tensor:
@@ -54,11 +69,11 @@ def to_class_indices(values: Tensor, name: str, first: int = 0) -> Tensor:
     return indices
 
 
-def require_rows(good: Tensor, values: Tensor, rule: str, first: int = 0) -> None:
+def require_rows(good: Tensor | npt.NDArray[Any], values: Tensor | npt.NDArray[Any], rule: str, first: int = 0) -> None:
     """Raise for the first example that is not good.
 
     Args:
-        good: Boolean `[N]`.
+        good: Boolean `[N]`, not all true for an error.
         values: `[N, ...]`, shown in the error.
         rule: What a good example is.
         first: The number of the first example.
@@ -67,5 +82,5 @@ def require_rows(good: Tensor, values: Tensor, rule: str, first: int = 0) -> Non
         DataError: Naming the example, its value and the rule.
     """
     if not bool(good.all()):
-        row = int((~good).to(torch.int8).argmax())
+        row = int((~torch.as_tensor(good)).to(torch.int8).argmax())
         raise DataError(f"Example {first + row}: {rule}, got {values[row].tolist()}.")

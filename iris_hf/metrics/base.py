@@ -44,6 +44,7 @@ class StatisticsMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate ships
                 "Gather with accelerator.gather_for_metrics and compute on the main process instead."
             )
         super().__init__(**kwargs)
+        self.info.module_name = type(self).__module__.rpartition(".")[2]  # mean_iou, not evaluate's mean_io_u
         self._statistics = self._new_statistics()
 
     def _new_statistics(self) -> Statistics:

@@ -64,9 +64,9 @@ def test_arguments_are_not_changed_and_read_only_arrays_are_taken():
         (torch.zeros(2, 3, 4), [0, 1], r"got shapes \[2, 3, 4\] and \[2\]"),
         (torch.zeros(2, 0), [0, 1], r"got shapes \[2, 0\] and \[2\]"),
         (torch.tensor(1), torch.tensor(1), r"got shapes \[\] and \[\]"),
-        ([[0.1, 0.2], [0.3]], [0, 1], "predictions cannot become one array of numbers"),
-        ([torch.zeros(2), torch.zeros(3)], [0, 1], "predictions cannot become one array of numbers"),
-        (["cat", "dog"], [0, 1], "predictions cannot become one array of numbers"),
+        ([[0.1, 0.2], [0.3]], [0, 1], "Predictions cannot become one array of numbers"),
+        ([torch.zeros(2), torch.zeros(3)], [0, 1], "Predictions cannot become one array of numbers"),
+        (["cat", "dog"], [0, 1], "Predictions cannot become one array of numbers"),
     ],
 )
 def test_what_cannot_be_counted_is_a_clear_error(predictions, targets, message):
