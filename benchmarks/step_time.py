@@ -30,18 +30,22 @@ class Tensors(torch.utils.data.Dataset):
         return self.images[index], self.labels[index]
 
 
-def make_model(width: int) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, width, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(width, width, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(width * 64, 10),
-    )
-    model.criterion = nn.CrossEntropyLoss()
-    return model
+class ConvNet(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(width * 64, 10),
+        )
+        self.criterion = nn.CrossEntropyLoss()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images)
 
 
 class Clock(iris_hf.Plugin):
@@ -99,8 +103,8 @@ def main() -> None:
         dataset = Tensors(batch_size * steps)
         times: dict[str, list[float]] = {"by hand": [], "iris_hf": []}
         for _ in range(TURNS):
-            times["by hand"].append(by_hand(make_model(width), dataset, batch_size))
-            times["iris_hf"].append(ours(make_model(width), dataset, batch_size, []))
+            times["by hand"].append(by_hand(ConvNet(width), dataset, batch_size))
+            times["iris_hf"].append(ours(ConvNet(width), dataset, batch_size, []))
         hand, iris = (min(seconds) / (EPOCHS * steps) * 1e3 for seconds in times.values())
         print(f"| {width} | {batch_size} | {hand:.2f} | {iris:.2f} | {iris / hand:.3f} |", flush=True)
 

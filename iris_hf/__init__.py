@@ -6,32 +6,61 @@ Names load on first use: `import iris_hf` imports neither torch nor transformers
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from iris_hf._version import __version__
+from iris_hf._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from iris_hf.data.collate import collate
-    from iris_hf.engine.plugins.base import Plugin, PredictState, RunState, TrainState
-    from iris_hf.errors import ConfigError, DataError, IrisHFError, MissingDependencyError
-    from iris_hf.inference.predictor import predict
-    from iris_hf.metrics.classification import evaluate_accuracy
-    from iris_hf.training.schedulers import LrSchedulerConfig
-    from iris_hf.training.trainer import train
+    from iris_hf import metrics as metrics
+    from iris_hf.data.collate import collate as collate
+    from iris_hf.data.convert import to_hf as to_hf
+    from iris_hf.data.hf_dataset import from_hf as from_hf
+    from iris_hf.data.read_targets import get_targets_from_dataset as get_targets_from_dataset
+    from iris_hf.engine.plugins.base import Plugin as Plugin
+    from iris_hf.engine.plugins.base import PredictState as PredictState
+    from iris_hf.engine.plugins.base import RunState as RunState
+    from iris_hf.engine.plugins.base import TrainState as TrainState
+    from iris_hf.errors import ConfigError as ConfigError
+    from iris_hf.errors import DataError as DataError
+    from iris_hf.errors import IrisHFError as IrisHFError
+    from iris_hf.errors import MissingDependencyError as MissingDependencyError
+    from iris_hf.inference.predictor import predict as predict
+    from iris_hf.metrics.classification import evaluate_accuracy as evaluate_accuracy
+    from iris_hf.models.classifier import append_classifier as append_classifier
+    from iris_hf.models.hub import from_pretrained as from_pretrained
+    from iris_hf.models.hub import save_pretrained as save_pretrained
+    from iris_hf.models.sources.open_clip import create_open_clip_model as create_open_clip_model
+    from iris_hf.models.sources.timm import create_timm_model as create_timm_model
+    from iris_hf.models.sources.transformers import create_hf_model as create_hf_model
+    from iris_hf.models.transforms import create_image_transform as create_image_transform
+    from iris_hf.training.schedulers import LrSchedulerConfig as LrSchedulerConfig
+    from iris_hf.training.trainer import train as train
 
 _HOMES = {
     "iris_hf.data.collate": ["collate"],
+    "iris_hf.data.convert": ["to_hf"],
+    "iris_hf.data.hf_dataset": ["from_hf"],
+    "iris_hf.data.read_targets": ["get_targets_from_dataset"],
     "iris_hf.engine.plugins.base": ["Plugin", "PredictState", "RunState", "TrainState"],
     "iris_hf.errors": ["ConfigError", "DataError", "IrisHFError", "MissingDependencyError"],
     "iris_hf.inference.predictor": ["predict"],
     "iris_hf.metrics.classification": ["evaluate_accuracy"],
+    "iris_hf.models.classifier": ["append_classifier"],
+    "iris_hf.models.hub": ["from_pretrained", "save_pretrained"],
+    "iris_hf.models.sources.open_clip": ["create_open_clip_model"],
+    "iris_hf.models.sources.timm": ["create_timm_model"],
+    "iris_hf.models.sources.transformers": ["create_hf_model"],
+    "iris_hf.models.transforms": ["create_image_transform"],
     "iris_hf.training.schedulers": ["LrSchedulerConfig"],
     "iris_hf.training.trainer": ["train"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULES = ("metrics",)
 
-__all__ = ["__version__", *sorted(_HOME_OF)]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULES, *sorted(_HOME_OF)]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"iris_hf.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME_OF[name]), name)

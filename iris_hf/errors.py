@@ -34,6 +34,7 @@ def unknown_name(what: str, name: object, known: object) -> ConfigError:
     import difflib
 
     names = sorted(str(k) for k in known)  # type: ignore[attr-defined]
-    near = difflib.get_close_matches(str(name), names, n=3)
+    starts = [k for k in names if str(name) and k.startswith(str(name))]
+    near = starts[:3] or difflib.get_close_matches(str(name), names, n=3)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     return ConfigError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(names)}.")

@@ -1,7 +1,8 @@
 """Local worker processes for `num_processes > 1` outside a launcher.
 
 The workers are torchrun's: its elastic agent starts them, watches them, and ends all of them when one
-fails. What they run travels by dill, so that functions and classes of a script or notebook work too.
+fails. What they run travels by cloudpickle, in a folder that only this user can read, so that functions and
+classes of a script or notebook work too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from iris_hf.engine.accelerator import Device, available_cores
 
-_CALL, _RESULT, _ERROR = "call.dill", "result.dill", "error-{rank}.dill"
+_CALL, _RESULT, _ERROR = "call.pickle", "result.pickle", "error-{rank}.pickle"
 
 
 def run_in_workers(
@@ -26,7 +27,7 @@ def run_in_workers(
 
     Args:
         function: Called once per worker, with the environment of a launcher (RANK, WORLD_SIZE, ...).
-        args: Positional arguments; everything must be picklable by dill.
+        args: Positional arguments; everything must be picklable by cloudpickle.
         num_processes: How many workers to start.
         device: Where the workers run; decides whether they talk over gloo.
         kwargs: Keyword arguments.
@@ -35,7 +36,7 @@ def run_in_workers(
         Exception: The error of the worker that failed first, with its traceback as a note.
         RuntimeError: If a worker died without an error (killed, out of memory).
     """
-    import dill
+    import cloudpickle
     import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -43,8 +44,8 @@ def run_in_workers(
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     with tempfile.TemporaryDirectory(prefix="iris_hf-workers-") as folder:
         with open(Path(folder, _CALL), "wb") as file:
-            dill.dump({"sys_path": sys.path, "on_cpu": on_cpu}, file)
-            dill.dump((function, args, kwargs), file)
+            cloudpickle.dump({"sys_path": sys.path, "on_cpu": on_cpu}, file)
+            cloudpickle.dump((function, args, kwargs), file)
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -64,42 +65,42 @@ def run_in_workers(
             if threads is None:
                 del os.environ["OMP_NUM_THREADS"]
         with open(Path(folder, _RESULT), "rb") as file:
-            return dill.load(file)
+            return cloudpickle.load(file)
 
 
 def _first_error(folder: Path, failure: Any) -> BaseException:
-    import dill
+    import cloudpickle
 
     rank, first = failure.get_first_failure()
     errors = sorted(folder.glob(_ERROR.format(rank="*")), key=lambda path: path.stat().st_mtime_ns)
     if not errors:
         return RuntimeError(f"Worker {rank} of the local run died with exit code {first.exitcode}, without an error.")
     with open(errors[0], "rb") as file:
-        error: BaseException = dill.load(file)
+        error: BaseException = cloudpickle.load(file)
     return error
 
 
 def _work(folder: Path) -> None:
     """Run one worker: read the call, make it, write the first worker's result or one's own error."""
-    import dill
+    import cloudpickle
 
     rank = os.environ["RANK"]
     try:
         with open(folder / _CALL, "rb") as file:
-            setting = dill.load(file)
+            setting = cloudpickle.load(file)
             sys.path[:] = setting["sys_path"]
             if setting["on_cpu"]:
                 os.environ["ACCELERATE_USE_CPU"] = "true"
-            function, args, kwargs = dill.load(file)
+            function, args, kwargs = cloudpickle.load(file)
         result = function(*args, **kwargs)
         if rank == "0":
             with open(folder / _RESULT, "wb") as file:
-                dill.dump(result, file)
+                cloudpickle.dump(result, file)
     except Exception as error:
         error.add_note(f"In worker {rank} of the local run:\n{traceback.format_exc()}")
         partial = folder / f"{rank}.partial"
         with open(partial, "wb") as file:
-            dill.dump(error, file)
+            cloudpickle.dump(error, file)
         partial.rename(folder / _ERROR.format(rank=rank))
         sys.exit(1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,12 +19,17 @@ from iris_hf.data.collate import collate
 from iris_hf.data.targets import check_target
 from iris_hf.data.transforms import as_pair_transform
 from iris_hf.engine.accelerator import available_cores
-from iris_hf.engine.rng import EXAMPLE, ORDER, mix, seed_generators
+from iris_hf.engine.rng import EXAMPLE, ORDER, mix, preserve_generators, probe_generators, seed_generators
 from iris_hf.errors import ConfigError, DataError
 from iris_hf.types import CollateFunction, TargetType, Transform
 
 Key = tuple[int, int]
 """`(epoch, index)`: which example, and for the how-manieth time."""
+
+
+with preserve_generators():
+    seed_generators(0)
+    _PROBE = probe_generators()
 
 
 @dataclass(frozen=True)
@@ -88,15 +94,37 @@ class Examples(Dataset[Any]):
         self.targets_required = targets_required
         self.check = check
         self._epoch: int | None = None
+        self._draws = False
 
     def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Any, Any]] | Failure:
-        """Return the examples of one batch, or the first failure among them."""
+        """Return the examples of one batch, or the first failure among them.
+
+        An example that draws random numbers gets the global generators seeded by its key. Most data sets draw
+        none, and seeding three generators per example would be a tenth of a small step. So a batch is first made
+        on generators in a known state. If they are still in it, the batch is right whatever the seeds; otherwise
+        it is made again, and from then on every example is seeded.
+        """
+        if not self._draws:
+            examples, self._draws = self._undrawn(keys)
+            if not self._draws:
+                return examples
+        return self._make(keys, seeded=True)
+
+    def _undrawn(self, keys: Sequence[Key]) -> tuple[list[tuple[Any, Any]] | Failure, bool]:
+        """Return the batch, and whether making it drew random numbers."""
+        seed_generators(0)
+        examples = self._make(keys, seeded=False)
+        return examples, probe_generators() != _PROBE
+
+    def _make(self, keys: Sequence[Key], *, seeded: bool) -> list[tuple[Any, Any]] | Failure:
         examples = []
-        for key in keys:
+        for epoch, index in keys:
             try:
-                examples.append(self._example(*key))
+                if seeded:
+                    seed_generators(mix(self.seed, EXAMPLE, epoch, index))
+                examples.append(self._example(epoch, index))
             except Exception as error:
-                return Failure(_named(f"Example {key[1]}", error))
+                return Failure(_named(f"Example {index}", error))
         return examples
 
     def _example(self, epoch: int, index: int) -> tuple[Any, Any]:
@@ -104,7 +132,6 @@ class Examples(Dataset[Any]):
             self._epoch = epoch
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(epoch)
-        seed_generators(mix(self.seed, EXAMPLE, epoch, index))
         item = self.dataset[index]
         if isinstance(item, tuple) and len(item) == 2:
             raw_input, target = item
@@ -262,6 +289,21 @@ def make_loader(
         persistent_workers=num_workers > 0,
         generator=torch.Generator().manual_seed(0),
     )
+
+
+@contextmanager
+def closing_workers(loader: DataLoader[Any] | None) -> Iterator[None]:
+    """End the loader's processes with the block, also when it fails.
+
+    Left to the garbage collector they stay as long as somebody holds the exception, and a process that is forked
+    meanwhile takes a copy of their queues along and waits for them when it ends.
+    """
+    try:
+        yield
+    finally:
+        iterator: Any = getattr(loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
 
 
 def to_device(data: Any, device: torch.device) -> Any:

@@ -48,6 +48,11 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
+def probe_generators() -> tuple[int, float, float]:
+    """Draw from the global CPU generators of torch, python and numpy: equal numbers mean an equal state before."""
+    return int(torch.randint(1 << 62, ())), random.random(), float(np.random.random())
+
+
 @contextmanager
 def preserve_generators(device: torch.device | None = None) -> Iterator[None]:
     """Give the global generators back as they were: a run leaves no trace in the caller's randomness."""

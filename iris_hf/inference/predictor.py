@@ -16,6 +16,7 @@ from iris_hf.engine.loader import (
     Examples,
     Failure,
     OrderedBatches,
+    closing_workers,
     count_examples,
     make_loader,
     map_nested,
@@ -122,6 +123,7 @@ def _predict_here(
         with (
             preserve_generators(accelerator.device),
             plugin_list.running(),
+            closing_workers(loader),
             _lent(plugin_list.transform("transform_model", model), accelerator.device) as lent,
         ):
             predictions, targets = _run(accelerator, plugin_list, lent, loader, batches)

@@ -21,6 +21,7 @@ from iris_hf.engine.loader import (
     Failure,
     OrderedBatches,
     TargetCheck,
+    closing_workers,
     count_examples,
     make_loader,
     to_device,
@@ -166,7 +167,7 @@ def fit(
     collate_function: CollateFunction | None,
 ) -> nn.Module:
     """Train in this process, as one rank of its launcher's world; see :func:`train`."""
-    plugins = load_plugins([*getattr(model, "plugins", ()), *config.plugins])
+    plugins = load_plugins(config.plugins, before=getattr(model, "plugins", ()))
     as_trainable(model)  # a model that cannot be trained is an error before it is copied
     if val_dataset is None and (config.val_check_interval or config.val_check_interval_epoch):
         logger.warning("A validation interval is given, but no val_dataset: nothing is validated.")
@@ -203,12 +204,13 @@ def fit(
                     pin_memory=accelerator.device.type == "cuda",
                 )
 
+            train_loader = loader(train_dataset, train_transform, batches)
             run = TrainingRun(
                 config,
                 accelerator=accelerator,
                 plugins=plugins,
                 trainable=trainable,
-                loader=loader(train_dataset, train_transform, batches),
+                loader=train_loader,
                 batches=batches,
                 seed=seed,
             )
@@ -220,7 +222,8 @@ def fit(
                     world_size=accelerator.num_processes,
                 )
                 run.val_loader = loader(val_dataset, val_transform, run.val_batches)
-            run.run()
+            with closing_workers(train_loader), closing_workers(run.val_loader):
+                run.run()
             return run.trained_model()
 
 
@@ -236,9 +239,10 @@ def _accelerator_options(config: TrainConfig, plugins: PluginList) -> dict[str, 
 class TrainingRun:
     """A prepared run: loops over epochs, steps and micro-batches.
 
-    Of Accelerate's layers it uses the model's (wrapping, precision), the backward pass (scaling, engines), and the
-    optimizer's where a scaler or a sharding engine needs it. The prepared loader and scheduler are left out: they
-    cost time in every step, and the order of examples and the learning-rate curve would depend on the world size.
+    Of Accelerate's layers it uses the model's (wrapping, precision), the backward pass and the scaler. The prepared
+    optimizer, which inspects signatures and looks for packages in every step and cannot hold a sharded one, and the
+    prepared loader and scheduler, by which the order of examples and the learning-rate curve would depend on the
+    world size, are left out.
 
     Attributes:
         state: What plugins see.
@@ -276,7 +280,7 @@ class TrainingRun:
             lr_scale_param_names=config.lr_scale_param_names,
         )
         self.base_lrs = [group["lr"] for group in groups]
-        built = build_optimizer(
+        self.optimizer = build_optimizer(
             config.optimizer,
             groups,
             base_lr=config.base_lr,
@@ -285,9 +289,7 @@ class TrainingRun:
             nesterov=config.nesterov,
         )
         self.trainable = trainable
-        self.model, prepared = accelerator.prepare(trainable, built)
-        # Accelerate's optimizer inspects signatures and looks for packages in every step; only a scaler needs it.
-        self.optimizer = prepared.optimizer if accelerator.scaler is None else prepared
+        self.model = accelerator.prepare_model(trainable)
 
         steps_per_epoch = -(-len(batches) // config.accumulation)
         self.schedule = LearningRateSchedule(
@@ -298,7 +300,7 @@ class TrainingRun:
         self.state = TrainState(
             accelerator=accelerator,
             model=trainable.model,
-            optimizer=prepared.optimizer,
+            optimizer=self.optimizer,
             num_epochs=config.num_epochs,
             steps_per_epoch=steps_per_epoch,
             examples_per_step=config.batch_size * config.accumulation * accelerator.num_processes,
@@ -357,11 +359,16 @@ class TrainingRun:
                     loss = self.model(inputs, targets)["loss"]
                 self.accelerator.backward(loss if count == 1 else loss / count)
             losses.append(loss.detach())
+        scaler = self.accelerator.scaler
         if self.plugins.hooks("on_gradients_ready"):
-            if self.accelerator.scaler is not None:
-                self.accelerator.unscale_gradients(self.optimizer)
+            if scaler is not None:
+                scaler.unscale_(self.optimizer)
             self.plugins.notify("on_gradients_ready", self.state)
-        self.optimizer.step()
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
         self.optimizer.zero_grad()
         return losses[0] if count == 1 else torch.stack(losses).mean()
 

@@ -22,12 +22,13 @@ BUILT_IN = {
 """Name -> `module:class` of the plugins of this library."""
 
 
-def load_plugins(specifications: Sequence[str | Plugin]) -> PluginList:
+def load_plugins(specifications: Sequence[str | Plugin], *, before: Sequence[str | Plugin] = ()) -> PluginList:
     """Make the plugins of a run.
 
     Args:
         specifications: Names with or without arguments, `"ema"` or `"ema(0.99, num_skip_iterations=50)"`, or
             plugin objects.
+        before: Those that run before them: a model's own.
 
     Raises:
         ConfigError: If a name is unknown, two packages publish it, it is not of the form `name(arguments)`, or
@@ -35,7 +36,7 @@ def load_plugins(specifications: Sequence[str | Plugin]) -> PluginList:
     """
     if isinstance(specifications, str):
         raise ConfigError(f"plugins must be a list of plugins, got the string {specifications!r}. Put it in a list.")
-    return PluginList([s if isinstance(s, Plugin) else make_plugin(s) for s in specifications])
+    return PluginList([s if isinstance(s, Plugin) else make_plugin(s) for s in (*before, *specifications)])
 
 
 def make_plugin(specification: str) -> Plugin:

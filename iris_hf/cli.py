@@ -1,0 +1,188 @@
+"""The command line: one command per task, generated from its signature."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from iris_hf._version import __version__
+from iris_hf.errors import ConfigError, IrisHFError
+
+if typing.TYPE_CHECKING:
+    from iris_hf.tasks import Field, Task
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 2 for a caller's mistake, with one line that names it."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    if not arguments or arguments[0].startswith("-"):
+        parser.parse_args(arguments)
+        parser.print_help()
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    try:
+        if command == "tasks":
+            return _list_tasks(rest)
+        from iris_hf.tasks import find_task
+
+        return _run(find_task(command), rest)
+    except IrisHFError as error:
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()) if "\n" not in note)
+        print(f"iris-hf: error: {error}{notes}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="iris-hf",
+        description="The irisml training tasks on the Hugging Face stack.",
+        usage="iris-hf [--version] COMMAND ...",
+        epilog="Commands: `tasks` lists the tasks; `iris-hf TASK --help` says what one takes. "
+        "Several processes: `accelerate launch -m iris_hf TASK ...`.",
+    )
+    parser.add_argument("--version", action="version", version=f"iris_hf {__version__}")
+    return parser
+
+
+def _list_tasks(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="iris-hf tasks", description="List the tasks.")
+    parser.add_argument("--markdown", action="store_true", help="print the documentation table")
+    options = parser.parse_args(arguments)
+    from iris_hf.tasks import TASKS, markdown_table
+
+    if options.markdown:
+        print(markdown_table(), end="")
+        return 0
+    width = max(map(len, TASKS))
+    for name, task in TASKS.items():
+        print(f"{name:<{width}}  {task.summary}")
+    return 0
+
+
+def _run(task: Task, arguments: Sequence[str]) -> int:
+    from iris_hf.cli_values import read_input, save_output, shown
+
+    options = vars(task_parser(task).parse_args(arguments))
+    inputs: dict[str, Any] = {}
+    for field in task.inputs:
+        if _is_function(field.annotation):
+            inputs[field.name] = _default_function(field.name, inputs)
+        elif options[field.name] is not None:
+            inputs[field.name] = read_input(field, options[field.name])
+        elif not field.is_required:
+            inputs[field.name] = field.default
+    given = {field.name: options[field.name] for field in task.config if options[field.name] is not _UNSET}
+    result = task.function(**inputs, **given)
+    outputs = result if task.output is None else (result,)
+    # Inside a launcher every rank has the result, and one of them writes it.
+    if int(os.environ.get("RANK", "0")) == 0:
+        printed = {}
+        for field, value in zip(task.outputs, outputs, strict=True):
+            path = options[f"save_{field.name}"]
+            if path is not None:
+                save_output(field, value, path)
+                printed[field.name] = path
+            else:
+                printed[field.name] = shown(value)
+        print(json.dumps(printed))
+    return 0
+
+
+_UNSET = object()
+
+
+def task_parser(task: Task) -> argparse.ArgumentParser:
+    """Return the parser of a task's command."""
+    parser = argparse.ArgumentParser(
+        prog=f"iris-hf {task.name}",
+        description=task.summary,
+        epilog="Models: a folder of save_pretrained or a Hub repository. Datasets: a folder of save_to_disk, an image "
+        "folder, a .parquet file or a Hub repository, each with #split where it has several. Tensors: .safetensors, "
+        ".npy or .json. Outputs that are not saved are printed as JSON.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inputs = parser.add_argument_group("inputs")
+    for field in task.inputs:
+        if not _is_function(field.annotation):
+            inputs.add_argument(
+                _flag(field.name), required=field.is_required, metavar="PATH", help=_help(field, field.is_required)
+            )
+    config = parser.add_argument_group("configuration")
+    for field in task.config:
+        config.add_argument(
+            _flag(field.name),
+            required=field.is_required,
+            default=_UNSET,
+            help=_help(field, field.is_required),
+            **_option(field.annotation),
+        )
+    outputs = parser.add_argument_group("outputs")
+    for field in task.outputs:
+        outputs.add_argument(
+            _flag(f"save_{field.name}"), metavar="PATH", help=f"where to save it. {_help(field, True)}"
+        )
+    return parser
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _help(field: Field, is_required: bool) -> str:
+    text = field.help.replace("%", "%%")
+    return text if is_required else f"{text} (default: {str(field.default).replace('%', '%%')})"
+
+
+def _option(annotation: Any) -> dict[str, Any]:
+    """Return argparse's arguments for a config value of this type."""
+    members = [m for m in _members(annotation) if m is not types.NoneType]
+    if members == [bool]:
+        return {"action": argparse.BooleanOptionalAction}
+    if len(members) == 1 and get_origin(members[0]) is Literal:
+        return {"choices": get_args(members[0])}
+    if len(members) == 1 and members[0] in (int, float, str):
+        return {"type": members[0], "metavar": members[0].__name__.upper()}
+    lists = [m for m in members if get_origin(m) is not None and issubclass(get_origin(m), Sequence)]
+    if lists and any(member is str for item in lists for member in _members(get_args(item)[0])):
+        return {"nargs": "*", "metavar": "TEXT"}
+    return {"type": _json_value, "metavar": "JSON"}
+
+
+def _members(annotation: Any) -> list[Any]:
+    is_union = get_origin(annotation) in (typing.Union, types.UnionType)
+    return [m for part in get_args(annotation) for m in _members(part)] if is_union else [annotation]
+
+
+def _json_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _is_function(annotation: Any) -> bool:
+    """Whether a value is code (a transform, a collate function): no text can name it, so it has a default."""
+    members = [m for m in _members(annotation) if m is not types.NoneType]
+    return any(getattr(get_origin(member), "__name__", "") == "Callable" for member in members)
+
+
+def _default_function(name: str, inputs: dict[str, Any]) -> Any:
+    """Return the transform that fits the model; None for every other function."""
+    model = inputs.get("model")
+    if "transform" not in name or model is None:
+        return None
+    if getattr(model, "image_spec", None) is None:
+        raise ConfigError(
+            f"{type(model).__name__} does not say what images it takes, so {name} cannot be made for it. "
+            "Use a model of create_hf_model or create_timm_model, or call the task from Python."
+        )
+    from iris_hf.models.transforms import create_image_transform
+
+    return create_image_transform(model, train=name.startswith("train"))

@@ -1,0 +1,159 @@
+"""Values on the command line: what a path stands for, and how an output is saved."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from iris_hf.errors import ConfigError, DataError
+from iris_hf.tasks import Field
+
+_TENSOR_FILES = (".safetensors", ".npy", ".json")
+
+
+def read_input(field: Field, text: str) -> Any:
+    """Return the object that a task's input stands for.
+
+    Args:
+        field: The input; its annotation says whether `text` names a model, a dataset or a tensor.
+        text: What the command line gave.
+
+    Raises:
+        ConfigError: If nothing is there, or it is of no known kind.
+    """
+    kinds = {typing.get_origin(m) or m for m in typing.get_args(field.annotation) or (field.annotation,)}
+    kinds -= {types.NoneType}
+    if any(isinstance(kind, type) and issubclass(kind, Dataset) for kind in kinds):
+        return read_dataset(text)
+    if nn.Module in kinds:
+        from iris_hf.models.hub import from_pretrained
+
+        return from_pretrained(text)
+    if Tensor in kinds or list in kinds:
+        return read_tensor(text)
+    return text
+
+
+def read_dataset(text: str) -> Dataset[Any]:
+    """Load a dataset.
+
+    Args:
+        text: A folder of `save_to_disk`, a folder of images, a `.parquet` file, or a Hub repository; with `#split` where
+            it holds several.
+
+    Raises:
+        ConfigError: If it cannot be loaded, or holds several splits and none is named.
+    """
+    import datasets
+
+    from iris_hf.data.hf_dataset import from_hf
+
+    source, _, split = text.partition("#")
+    path = Path(source)
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            loaded = datasets.load_from_disk(source)
+        elif path.suffix == ".parquet":
+            loaded = datasets.load_dataset("parquet", data_files=source)
+        elif path.is_dir() and not any(path.glob("*.py")) and not any(path.rglob("*.parquet")):
+            loaded = datasets.load_dataset("imagefolder", data_dir=source)
+        else:
+            loaded = datasets.load_dataset(source)
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        raise ConfigError(f"No dataset could be loaded from {source!r}: {error}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if not split and len(loaded) == 1:
+            split = next(iter(loaded))
+        if split not in loaded:
+            raise ConfigError(
+                f"{source!r} has the splits {', '.join(loaded)}. Name one of them: '{source}#{next(iter(loaded))}'."
+            )
+        loaded = loaded[split]
+    dataset: Dataset[Any] = from_hf(loaded)
+    return dataset
+
+
+def read_tensor(text: str) -> Any:
+    """Read a tensor, or a list of tensors, of a `.safetensors`, `.npy` or `.json` file.
+
+    Raises:
+        ConfigError: If the file is not there or of another kind.
+        DataError: If its content is not what its name says.
+    """
+    path = Path(text)
+    if path.suffix not in _TENSOR_FILES:
+        raise ConfigError(f"{text!r} is not a file of tensors. Known: {', '.join(_TENSOR_FILES)}.")
+    if not path.is_file():
+        raise ConfigError(f"There is no file {text!r}.")
+    try:
+        if path.suffix == ".npy":
+            return torch.from_numpy(np.load(path, allow_pickle=False))
+        if path.suffix == ".json":
+            return _of_lists(json.loads(path.read_text()))
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{text!r} cannot be read: {error}") from error
+    return tensors["values"] if "values" in tensors else [tensors[str(i)] for i in range(len(tensors))]
+
+
+def _of_lists(values: Any) -> Any:
+    try:
+        return torch.tensor(values)
+    except (ValueError, TypeError):
+        return [torch.tensor(value) for value in values]
+
+
+def save_output(field: Field, value: Any, path: str) -> None:
+    """Save an output of a task where `path` says: a model's or dataset's folder, or a tensor's file.
+
+    Raises:
+        ConfigError: If the kind of output cannot be saved there.
+    """
+    if isinstance(value, nn.Module):
+        from iris_hf.models.hub import save_pretrained
+
+        save_pretrained(value, path)
+        return
+    suffix = Path(path).suffix
+    if isinstance(value, Tensor) and suffix == ".npy":
+        np.save(path, value.numpy())
+    elif suffix == ".safetensors" and _is_tensors(value):
+        from safetensors.torch import save_file
+
+        save_file({"values": value} if isinstance(value, Tensor) else {str(i): t for i, t in enumerate(value)}, path)
+    elif suffix == ".json":
+        Path(path).write_text(json.dumps(shown(value, limit=None)))
+    else:
+        kind = type(value).__name__
+        raise ConfigError(
+            f"{field.name} is a {kind}, which cannot be saved as {path!r}. Known: {', '.join(_TENSOR_FILES)}."
+        )
+
+
+def _is_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list) and all(isinstance(v, Tensor) for v in value))
+
+
+def shown(value: Any, limit: int | None = 20) -> Any:
+    """Return a JSON value for an output: all of it, or a description where it has more than `limit` numbers."""
+    if isinstance(value, Tensor):
+        if limit is not None and value.numel() > limit:
+            return f"tensor {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        if limit is not None and len(value) > limit:
+            return f"list of {len(value)}"
+        return [shown(item, limit) for item in value]
+    if isinstance(value, dict):
+        return {key: shown(item, limit) for key, item in value.items()}
+    return value if isinstance(value, (int, float, str, bool)) or value is None else type(value).__name__

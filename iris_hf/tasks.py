@@ -1,0 +1,153 @@
+"""The one table of tasks, and what their signatures say.
+
+A task is a function. Parameters before `*` are its inputs, keyword-only ones its configuration, and its return annotation
+names the outputs. The command line and the documentation table are views of this.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+
+from iris_hf.errors import unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """A parameter or an output of a task.
+
+    Attributes:
+        name: Its name.
+        annotation: Its resolved type.
+        default: Its default; `inspect.Parameter.empty` where it has none.
+        help: What the docstring says of it, on one line.
+    """
+
+    name: str
+    annotation: Any
+    default: Any = inspect.Parameter.empty
+    help: str = ""
+
+    @property
+    def is_required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class Task:
+    """An entry of the table.
+
+    Attributes:
+        name: The task's name, that of the function.
+        home: Module of the function.
+        output: Name of the output that is returned bare; None for a function that returns a NamedTuple.
+    """
+
+    name: str
+    home: str
+    output: str | None = None
+
+    @cached_property
+    def function(self) -> Callable[..., Any]:
+        """The task itself."""
+        function: Callable[..., Any] = getattr(import_module(self.home), self.name)
+        return function
+
+    @cached_property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @cached_property
+    def inputs(self) -> tuple[Field, ...]:
+        """The parameters before `*`."""
+        return tuple(f for f, kind in self._parameters if kind is not inspect.Parameter.KEYWORD_ONLY)
+
+    @cached_property
+    def config(self) -> tuple[Field, ...]:
+        """The keyword-only parameters."""
+        return tuple(f for f, kind in self._parameters if kind is inspect.Parameter.KEYWORD_ONLY)
+
+    @cached_property
+    def outputs(self) -> tuple[Field, ...]:
+        """What the function returns."""
+        returned = self._hints["return"]
+        if self.output is not None:
+            return (Field(name=self.output, annotation=returned),)
+        texts = _described(returned, "Attributes")
+        hints = typing.get_type_hints(returned)
+        return tuple(Field(name=n, annotation=hints[n], help=texts.get(n, "")) for n in returned._fields)
+
+    @property
+    def _hints(self) -> dict[str, Any]:
+        return typing.get_type_hints(self.function)
+
+    @cached_property
+    def _parameters(self) -> list[tuple[Field, Any]]:
+        texts, hints = _described(self.function, "Args"), self._hints
+        return [
+            (Field(name=p.name, annotation=hints[p.name], default=p.default, help=texts.get(p.name, "")), p.kind)
+            for p in inspect.signature(self.function).parameters.values()
+        ]
+
+
+def _described(documented: Any, section: str) -> dict[str, str]:
+    """Return name -> text of one section of a Google-style docstring."""
+    doc = inspect.getdoc(documented) or ""
+    found = re.search(rf"^{section}:\n((?:[ ]{{4}}.*\n?|\n)+)", doc, re.MULTILINE)
+    entries = re.split(r"^    (?=\w+: )", found.group(1), flags=re.MULTILINE) if found else []
+    pairs = (entry.partition(": ") for entry in entries if ": " in entry)
+    return {name.strip(): " ".join(text.split()) for name, _, text in pairs}
+
+
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        Task("train", "iris_hf.training.trainer"),
+        Task("predict", "iris_hf.inference.predictor"),
+        Task("append_classifier", "iris_hf.models.classifier", output="model"),
+        Task("create_hf_model", "iris_hf.models.sources.transformers", output="model"),
+        Task("create_timm_model", "iris_hf.models.sources.timm", output="model"),
+        Task("create_open_clip_model", "iris_hf.models.sources.open_clip", output="model"),
+        Task("get_targets_from_dataset", "iris_hf.data.read_targets", output="targets"),
+        Task("evaluate_accuracy", "iris_hf.metrics.classification", output="accuracy"),
+    )
+}
+"""Every task by its name."""
+
+
+def find_task(name: str) -> Task:
+    """Return the task of a name.
+
+    Raises:
+        ConfigError: If there is none; the message lists near names.
+    """
+    if name not in TASKS:
+        raise unknown_name("task", name, TASKS)
+    return TASKS[name]
+
+
+def markdown_table() -> str:
+    """Return the documentation table of all tasks."""
+    lines = ["| task | inputs | config | outputs | |", "|---|---|---|---|---|"]
+    for task in TASKS.values():
+        cells = (
+            f"`{task.name}`",
+            ", ".join(map(_cell, task.inputs)),
+            ", ".join(map(_cell, task.config)),
+            ", ".join(f"`{field.name}`" for field in task.outputs),
+            task.summary,
+        )
+        lines.append("| " + " | ".join(cells).replace("\n", " ") + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(field: Field) -> str:
+    return f"`{field.name}`" if field.is_required else f"`{field.name}={field.default!r}`"

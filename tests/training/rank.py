@@ -1,0 +1,26 @@
+"""Run by torchrun: trains the tiny model as the JSON on the command line says; rank 0 saves what came out."""
+
+import json
+import sys
+
+import torch
+from tiny import Net, Tensors, noisy, train_tiny
+
+import iris_hf
+
+if __name__ == "__main__":
+    out, *runs = sys.argv[1:]
+    results = []
+    for run in map(json.loads, runs):
+        if run.pop("noisy", False):
+            run["train_transform"] = noisy
+        if "val_examples" in run:
+            run["val_dataset"] = Tensors(run.pop("val_examples"), seed=1)
+        weights, recorder = train_tiny(**run)
+        results.append({"weights": weights, **vars(recorder)})
+    result = iris_hf.predict(Tensors(13), Net(), batch_size=2, num_dataloader_workers=0)
+    results.append({"predictions": result.predictions, "targets": result.targets})
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        torch.save(results, out)

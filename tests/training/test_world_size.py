@@ -1,0 +1,117 @@
+"""Two processes equal one: real ones, started by torchrun and by `num_processes`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import torchrun
+from tiny import Net, Tensors, noisy, train_tiny
+
+import iris_hf
+
+RUNS: list[dict[str, Any]] = [
+    # 61 examples do not divide by anything here
+    {"batch_size": 8, "num_examples": 61, "val_examples": 13, "val_batch_size": 3, "noisy": True},
+    {"batch_size": 4, "accumulate_grad_batches": 3, "num_examples": 61, "optimizer": "zero_adamw", "base_lr": 1e-2},
+]
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    out = tmp_path_factory.mktemp("world") / "out.pt"
+    script = str(Path(__file__).with_name("rank.py"))
+    done = torchrun(2, script, str(out), *(json.dumps({**run, "batch_size": run["batch_size"] // 2}) for run in RUNS))
+    assert done.returncode == 0, done.stderr
+    return torch.load(out)
+
+
+def on_one(run: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Any]:
+    run = dict(run)
+    if run.pop("noisy", False):
+        run["train_transform"] = noisy
+    if "val_examples" in run:
+        run["val_dataset"] = Tensors(run.pop("val_examples"), seed=1)
+    return train_tiny(**run)
+
+
+@pytest.mark.parametrize("index", range(len(RUNS)))
+def test_two_processes_take_the_same_steps_as_one(on_two: list[dict[str, Any]], index: int) -> None:
+    weights, recorder = on_one(RUNS[index])
+    two = on_two[index]
+    assert two["learning_rates"] == recorder.learning_rates
+    assert two["losses"] == pytest.approx(recorder.losses, rel=1e-5)
+    assert two["val_losses"] == pytest.approx(recorder.val_losses, rel=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_thirteen_examples_on_two_processes_come_once_each_and_in_order(on_two: list[dict[str, Any]]) -> None:
+    alone = iris_hf.predict(Tensors(13), Net(), batch_size=2, num_dataloader_workers=0)
+    assert torch.equal(on_two[-1]["predictions"], alone.predictions)
+    assert torch.equal(on_two[-1]["targets"], Tensors(13).labels)
+
+
+def test_num_processes_starts_workers_and_gives_the_model_back() -> None:
+    alone = iris_hf.train(Net(), Tensors(), None, num_epochs=2, batch_size=8, base_lr=0.1, random_seed=0)
+    shared = iris_hf.train(
+        Net(), Tensors(), None, num_epochs=2, batch_size=4, base_lr=0.1, random_seed=0, num_processes=2
+    )
+    for one, two in zip(alone.model.parameters(), shared.model.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    assert shared.model.training
+    predicted = iris_hf.predict(Tensors(13), Net(), batch_size=2, num_processes=2)
+    assert torch.equal(predicted.predictions, iris_hf.predict(Tensors(13), Net(), batch_size=2).predictions)
+
+
+def test_workers_take_functions_and_classes_of_the_caller() -> None:
+    class Local(Net):
+        def training_step(self, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": self.criterion(self(inputs), targets)}
+
+    result = iris_hf.train(
+        Local(), Tensors(16), lambda image: image * 2, num_epochs=1, batch_size=4, num_processes=2, random_seed=0
+    )
+    assert type(result.model) is Local
+
+
+def test_an_error_in_a_worker_comes_back_as_it_was() -> None:
+    class Broken(Tensors):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if index == 5:
+                raise OSError("disk on fire")
+            return super().__getitem__(index)
+
+    with pytest.raises(iris_hf.DataError, match="Example 5: OSError: disk on fire") as caught:
+        iris_hf.train(Net(), Broken(16), None, num_epochs=1, batch_size=4, num_processes=2)
+    assert any("worker" in note for note in caught.value.__notes__)
+
+
+def test_a_world_size_that_contradicts_num_processes_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    script = tmp_path / "contradicts.py"
+    script.write_text(
+        "import iris_hf, os, sys\nfrom tiny import *\n"
+        "try:\n    iris_hf.train(Net(), Tensors(), None, num_epochs=1, num_processes=3)\n"
+        "except iris_hf.ConfigError as error:\n    sys.stdout.write(f'rank {os.environ[\"RANK\"]}: {error}\\n')\n"
+    )
+    done = torchrun(2, str(script))
+    for rank in range(2):
+        assert f"rank {rank}: num_processes=3 contradicts the launcher, which started 2 processes." in done.stdout
+
+
+def test_a_failing_rank_ends_the_whole_run(tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import iris_hf, os\nfrom tiny import *\n"
+        "def fail(image):\n"
+        "    if os.environ['RANK'] == '1' and float(image[0, 0, 0]) == float(Tensors().images[11, 0, 0, 0]):\n"
+        "        raise ValueError('bad pixel')\n"
+        "    return image\n"
+        "iris_hf.train(Net(), Tensors(), fail, num_epochs=50, batch_size=4, num_dataloader_workers=0)\n"
+        "print('finished')\n"
+    )
+    done = torchrun(2, str(script), timeout=120)
+    assert done.returncode != 0
+    assert "Example 11: ValueError: bad pixel" in done.stderr
+    assert "finished" not in done.stdout
