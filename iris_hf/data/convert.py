@@ -10,6 +10,7 @@ import itertools
 import os
 import shutil
 import tempfile
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,8 @@ def to_hf(
         num_proc: Number of worker processes that read and encode a map-style source. 1 works in this process.
         masks: ``"index"`` stores one image of class indices, 255 where there is no class; ``"stack"`` one 1-bit
             image for each class, which may overlap. ``"auto"`` is ``"index"`` unless there are more than 255 classes
-            or two masks overlap, in which case the conversion starts over with ``"stack"``; a stream cannot start
-            over and raises.
+            or two masks overlap, in which case the conversion starts over with ``"stack"``; a streaming result
+            cannot and raises.
         cache_dir: Folder for the Arrow file, which then stays there.
 
     Raises:
@@ -86,15 +87,14 @@ def to_hf(
     if streaming or (streaming is None and not is_map_style):
         return _stream(dataset, encode, features(stacked=stacked), is_map_style)
     folder = _own_folder(cache_dir)
+    rows = functools.partial(_encoded_rows, num_proc=num_proc) if is_map_style else _iterate
     try:
-        rows = _encoded_rows(dataset, encode, num_proc) if is_map_style else _iterate(dataset, encode)
-        return _write(rows, features(stacked=stacked), folder)
-    except _OverlappingMasksError as overlap:
-        if masks != "auto" or not is_map_style:
+        return _write(rows(dataset, encode), features(stacked=stacked), folder)
+    except _OverlappingMasksError:
+        if masks != "auto" or isinstance(dataset, Iterator):
             raise
-        del overlap
-    rows = _encoded_rows(dataset, _Encoder(target_type, num_classes, stacked=True), num_proc)
-    return _write(rows, features(stacked=True), folder)
+    encode = _Encoder(target_type, num_classes, stacked=True)
+    return _write(rows(dataset, encode), features(stacked=True), folder)
 
 
 class _OverlappingMasksError(DataError):
@@ -248,14 +248,18 @@ def _encoded_rows(dataset: Any, encode: _Encoder, num_proc: int) -> Iterator[dic
         num_workers=num_proc if num_proc > 1 else 0,
         generator=torch.Generator(),  # leaves the caller's random state alone
     )
+    failure = None
     for rows in loader:
-        if isinstance(rows, DataError):
-            raise rows
+        if isinstance(rows, Exception):
+            failure = rows
+            break  # first drops the iterator, which stops the workers; in a traceback it would live on
         yield from rows
+    if failure is not None:
+        raise failure
 
 
 class _Chunks(torch.utils.data.Dataset[Any]):
-    """The rows of some examples at a time; an invalid one gives its error as a value, which crosses processes whole."""
+    """The rows of some examples at a time; a failure in a worker comes as a value, which crosses processes whole."""
 
     def __init__(self, dataset: Any, encode: _Encoder) -> None:
         self.dataset = dataset
@@ -264,12 +268,19 @@ class _Chunks(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return -(-len(self.dataset) // _ROWS_PER_CHUNK)
 
-    def __getitem__(self, chunk: int) -> list[dict[str, Any]] | DataError:
-        indices = range(chunk * _ROWS_PER_CHUNK, min((chunk + 1) * _ROWS_PER_CHUNK, len(self.dataset)))
-        try:
-            return [self.encode(index, _encoded_example(self.dataset, index)) for index in indices]
-        except DataError as error:
-            return error
+    def __getitem__(self, chunk: int) -> list[dict[str, Any]] | Exception:
+        rows: list[dict[str, Any]] = []
+        start = chunk * _ROWS_PER_CHUNK
+        for index in range(start, min(start + _ROWS_PER_CHUNK, len(self.dataset))):
+            try:
+                rows.append(self.encode(index, _encoded_example(self.dataset, index)))
+            except DataError as error:
+                return error
+            except Exception:
+                if torch.utils.data.get_worker_info() is None:
+                    raise
+                return RuntimeError(f"Example {index} cannot be read from its data set.\n{traceback.format_exc()}")
+        return rows
 
 
 def _unchanged(value: Any) -> Any:
