@@ -159,19 +159,19 @@ def _transform_boxes(boxes: Tensor, size: tuple[int, int], steps: list[Step]) ->
 
 
 def _transform_masks(masks: Tensor, size: tuple[int, int], steps: list[Step]) -> Tensor:
-    """Let masks `[num_classes, H, W]` follow their image."""
-    from torchvision import tv_tensors
+    """Let masks `[num_classes, H, W]` follow their image; a resized pixel is the one at its centre, as in PIL."""
+    from torchvision.transforms import v2
     from torchvision.transforms.v2 import functional as F
 
     if not isinstance(masks, Tensor) or masks.ndim != 3 or tuple(masks.shape[1:]) != size:
         raise DataError(
             f"A segmentation target must be a tensor (num_classes, {size[0]}, {size[1]}), got {_shape(masks)}."
         )
-    moved: Any = tv_tensors.Mask(masks)
     for name, arguments in steps:
-        moved = getattr(F, name)(moved, **arguments)
-    plain: Tensor = moved.as_subclass(Tensor)
-    return plain
+        if name == "resize":  # the rule of tv_tensors.Mask shifts masks by half a pixel
+            arguments = {**arguments, "interpolation": v2.InterpolationMode.NEAREST_EXACT}
+        masks = getattr(F, name)(masks, **arguments)
+    return masks
 
 
 def _edges(size: tuple[int, int]) -> Tensor:
