@@ -69,7 +69,9 @@ def to_class_indices(values: Tensor, name: str, first: int = 0) -> Tensor:
     return indices
 
 
-def require_rows(good: Tensor | npt.NDArray[Any], values: Tensor | npt.NDArray[Any], rule: str, first: int = 0) -> None:
+def require_rows(
+    good: Tensor | npt.NDArray[Any] | np.bool_, values: Tensor | npt.NDArray[Any], rule: str, first: int = 0
+) -> None:
     """Raise for the first example that is not good.
 
     Args:

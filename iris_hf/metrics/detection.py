@@ -339,13 +339,19 @@ def _require(good: Array | np.bool_, images: list[Array], first: int, what: str,
 
 
 def _to_rle(mask: Any, size: tuple[int, int], where: str) -> dict[str, Any]:
-    coco = _import_faster_coco_eval()
-    if isinstance(mask, Mapping) and tuple(mask.get("size", ())) != size:
-        raise DataError(f"{where}: its size {mask.get('size')} must be the image's (height, width) {list(size)}.")
+    library = _import_faster_coco_eval()
+    is_encoding = isinstance(mask, Mapping) and {"size", "counts"} <= set(mask)
+    if not is_encoding and not (isinstance(mask, list | tuple) and len(mask) > 0):
+        raise DataError(
+            f"{where}: it is no COCO run-length encoding {{size, counts}} or list of polygons, got {mask!r}."
+        )
+    if is_encoding and tuple(mask["size"]) != size:
+        raise DataError(f"{where}: its size {mask['size']} must be the image's (height, width) {list(size)}.")
+    height, width = size
     try:
-        rle: dict[str, Any] = coco.mask.segmToRle(mask, size[1], size[0])
-    except Exception as error:
-        raise DataError(f"{where}: not a COCO run-length encoding or list of polygons: {error}.") from error
+        rle: dict[str, Any] = library.mask.segmToRle(mask if is_encoding else list(mask), width, height)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{where}: it is no COCO run-length encoding or list of polygons: {error}.") from error
     return rle
 
 
