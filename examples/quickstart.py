@@ -116,14 +116,14 @@ def main() -> None:
     result = iris_hf.predict(val_set, model, iris_hf.create_image_transform(model), batch_size=128)
     accuracy = iris_hf.metrics.Accuracy().compute(predictions=result.predictions, references=result.targets)["accuracy"]
 
-    if accuracy_is_printed_here():
+    if is_main_process():
         print(f"trained in {seconds:.0f} s on {len(train_set)} digits")
         print(f"validation accuracy: {accuracy:.3f} ({round(accuracy * len(val_set))} of {len(val_set)} digits)")
         draw(history, result.predictions.argmax(1), result.targets, accuracy, options.output)
         print(f"learning curve and confusion matrix: {options.output}")
 
 
-def accuracy_is_printed_here() -> bool:
+def is_main_process() -> bool:
     """Whether this is the one process that prints and draws."""
     from accelerate import PartialState
 

@@ -1,0 +1,111 @@
+"""The command line, as processes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launching import run_python, torchrun
+
+import iris_hf
+from iris_hf.tasks import TASKS, markdown_table
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_tasks_lists_every_task_with_its_first_line() -> None:
+    printed = run_python("-m", "iris_hf", "tasks").stdout
+    for name, task in TASKS.items():
+        assert f"{name} " in printed
+        assert task.summary in printed
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_every_parameter_of_a_task_is_documented_and_an_option(name: str) -> None:
+    from iris_hf.cli import _flag, _is_function, task_parser
+
+    task = TASKS[name]
+    text = task_parser(task).format_help()
+    for field in (*task.inputs, *task.config):
+        assert field.help, f"{name}: the docstring says nothing of {field.name}"
+        assert (_flag(field.name) in text) != _is_function(field.annotation)
+
+
+def test_the_documented_table_is_that_of_the_signatures() -> None:
+    assert (ROOT / "docs" / "tasks.md").read_text().endswith(markdown_table())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "Unknown task 'trian'. Did you mean 'train'"),
+        (["evaluate_accuracy", "--predictions", "no.npy", "--targets", "no.npy"], "There is no file 'no.npy'"),
+        (["evaluate_accuracy", "--predictions", "x.csv", "--targets", "y"], "'x.csv' is not a file of tensors"),
+        (["evaluate_accuracy", "--predictions", "x.npy"], "required: --targets"),
+        (["train", "--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
+        (["train", "--optimizer", "adamv"], "argument --optimizer: invalid choice: 'adamv'"),
+    ],
+)
+def test_a_mistyped_command_says_what_is_wrong(arguments: list[str], message: str) -> None:
+    done = run_python("-m", "iris_hf", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_accuracy_of_two_files(tmp_path: Path) -> None:
+    np.save(tmp_path / "p.npy", np.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]]))
+    (tmp_path / "t.json").write_text("[1, 0, 0]")
+    files = ("--predictions", str(tmp_path / "p.npy"), "--targets", str(tmp_path / "t.json"))
+    assert json.loads(run_python("-m", "iris_hf", "evaluate_accuracy", *files).stdout) == {
+        "accuracy": pytest.approx(2 / 3)
+    }
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 12 images of two colours."""
+    import PIL.Image
+
+    folder = tmp_path_factory.mktemp("images")
+    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        (folder / name).mkdir()
+        for number in range(6):
+            shade = tuple(value + number for value in colour)
+            PIL.Image.new("RGB", (8, 8), shade).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_create_train_predict_and_score_from_the_command_line(images: Path, tmp_path: Path) -> None:
+    vit = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vit["intermediate_size"] = 16
+    created = run_python(
+        *("-m", "iris_hf", "create_hf_model", "--name-or-path", "vit", "--no-pretrained", "--config", json.dumps(vit)),
+        *("--target-type", "multiclass", "--class-names", "blue", "red", "--save-model", str(tmp_path / "fresh")),
+    )
+    assert created.returncode == 0, created.stderr
+    trained = torchrun(
+        2,
+        *("-m", "iris_hf", "train", "--model", str(tmp_path / "fresh"), "--train-dataset", str(images)),
+        *("--num-epochs", "8", "--batch-size", "3", "--optimizer", "adamw", "--base-lr", "0.01", "--random-seed", "0"),
+        *("--plugins", "log_summary", "--save-model", str(tmp_path / "trained")),
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.count(str(tmp_path / "trained")) == 1  # one process writes and prints for all
+    predicted = run_python(
+        *("-m", "iris_hf", "predict", "--dataset", str(images), "--model", str(tmp_path / "trained")),
+        *("--save-predictions", str(tmp_path / "p.safetensors"), "--save-targets", str(tmp_path / "t.npy")),
+    )
+    assert predicted.returncode == 0, predicted.stderr
+    files = ("--predictions", str(tmp_path / "p.safetensors"), "--targets", str(tmp_path / "t.npy"))
+    scored = run_python("-m", "iris_hf", "evaluate_accuracy", *files)
+    assert json.loads(scored.stdout) == {"accuracy": 1.0}
+
+
+def test_every_public_name_loads_and_is_mirrored_for_type_checkers() -> None:
+    source = (ROOT / "iris_hf" / "__init__.py").read_text()
+    for name in iris_hf.__all__:
+        assert getattr(iris_hf, name) is not None
+        assert f"import {name} as {name}\n" in source
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        iris_hf.trian  # noqa: B018
