@@ -80,9 +80,10 @@ def test_predictions_have_the_format_of_the_contract(name):
 def test_copies_and_pickles_predict_the_same(name):
     model = make(name).eval()
     images, _ = make_batch(name)
+    twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     with torch.no_grad():
         expected = model.prediction_step(images)
-        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for twin in twins:
             for a, b in zip(twin.prediction_step(images), expected, strict=True):
                 assert torch.equal(a, b)
 

@@ -214,7 +214,9 @@ def _create(
     return record(
         model,
         "create_hf_model",
-        name_or_path=json.loads(settings.to_json_string(use_diff=False)),
+        name_or_path=json.loads(
+            json.dumps(settings.to_dict(), default=lambda dtype: str(dtype).removeprefix("torch."))
+        ),
         target_type=target_type,
         class_names=class_names,
         pretrained=False,
@@ -301,7 +303,7 @@ def _load_network(auto_class: Any, source: str, settings: Any, *, exact: bool) -
             config=settings,
             dtype="auto" if exact else torch.float32,
             use_safetensors=True,
-            ignore_mismatched_sizes=not exact,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except Exception as error:
@@ -410,7 +412,10 @@ def _has_fixed_size(network: Any) -> bool:
 
 
 def _detection_processor_type(settings: Any) -> Any:
+    import transformers
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-    types = IMAGE_PROCESSOR_MAPPING[type(settings)]
+    types = IMAGE_PROCESSOR_MAPPING.get(type(settings), None)
+    if types is None:  # RT-DETR v2 on 4.x
+        return transformers.RTDetrImageProcessor
     return types["torchvision"] if isinstance(types, dict) else types[0]
