@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import evaluate
@@ -25,7 +26,7 @@ class Statistics(Protocol):
         ...
 
 
-class StatisticsMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
+class StatisticsMetric(evaluate.Metric, ABC):  # type: ignore[misc]  # evaluate ships no types
     """An `evaluate` metric whose batches are reduced at once to small statistics in memory.
 
     It writes nothing to disk, so that any number of instances live side by side, and it pickles. Options are given
@@ -47,8 +48,9 @@ class StatisticsMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate ships
         self.info.module_name = type(self).__module__.rpartition(".")[2]  # mean_iou, not evaluate's mean_io_u
         self._statistics = self._new_statistics()
 
+    @abstractmethod
     def _new_statistics(self) -> Statistics:
-        raise TypeError(f"{type(self).__name__} has to say which statistics it keeps: define _new_statistics.")
+        """Return empty statistics."""
 
     def __len__(self) -> int:
         return len(self._statistics)

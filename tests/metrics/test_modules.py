@@ -157,7 +157,7 @@ def test_what_it_does_not_know_is_an_error(metric_class):
         metric.compute(predictions=predictions, references=references, sample_weight=[1])
     with pytest.raises(ConfigError, match="needs predictions and references; references not given"):
         metric.add_batch(predictions=predictions)
-    with pytest.raises(ConfigError, match="num_process must be 1, got 2.*gather_for_metrics"):
+    with pytest.raises(ConfigError, match=r"num_process must be 1, got 2.*gather_for_metrics"):
         metric_class(num_process=2, process_id=0)
 
 
@@ -180,11 +180,8 @@ def test_detection_at_two_settings_combines_under_the_names_given():
     combined.add_batch(predictions=FOUND_BOXES, references=TARGET_BOXES)
     result = combined.compute()
     assert result["loose_mAP"] == result["strict_mAP"][:1]
-    assert (
-        result["loose_AP"]
-        == result["strict_AP"]
-        == FUNCTIONS[DetectionAveragePrecision](*CASES[DetectionAveragePrecision])["AP"]
-    )
+    alone = FUNCTIONS[DetectionAveragePrecision](FOUND_BOXES, TARGET_BOXES)
+    assert result["loose_AP"] == result["strict_AP"] == alone["AP"]
 
 
 def test_metrics_load_lazily():
