@@ -9,8 +9,9 @@
 | segmentation, overlapping | `image`, `annotation: List(Image())`, one 1-bit mask per class, `classes` as above |
 | image_text | `image`, `caption` (a string, or a list of strings), and, where there are labels, `label` |
 
-`bbox` is COCO's x, y, width, height in pixels. In an index mask, 255 is no class. `classes` lists the classes that have
-at least one pixel; it carries the class names, which an image column cannot, and lets sampling do without masks.
+`bbox` is COCO's x, y, width, height in pixels; where `objects` has a field `iscrowd`, a crowd is no target. In an index
+mask, 255 is no class. `classes` lists the classes that have at least one pixel; it carries the class names, which an
+image column cannot, and lets sampling do without masks.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Layout:
         target: The column of targets; None when an image-text data set has no labels.
         caption: The column of captions, for image_text.
         category: The field of `target` with the class of each box, for detection.
+        has_crowd: Whether `target` has a field `iscrowd`, for detection; boxes of crowds are left out.
         has_size: Whether there are `width` and `height` columns, for detection.
         classes: The column with the classes that occur, for segmentation.
         is_stacked: Whether a mask is a list of images, one per class, rather than one image of class indices.
@@ -62,6 +64,7 @@ class Layout:
     target: str | None = None
     caption: str | None = None
     category: str = "category"
+    has_crowd: bool = False
     has_size: bool = True
     classes: str | None = None
     is_stacked: bool = False
@@ -177,8 +180,13 @@ def _find_detection(features: datasets.Features) -> _Found | None:
         if isinstance(fields, dict) and "bbox" in fields:
             for category in _CATEGORIES:
                 if category in fields:
-                    has_size = "width" in features and "height" in features
-                    return _item(fields[category]), {"target": name, "category": category, "has_size": has_size}
+                    found = {
+                        "target": name,
+                        "category": category,
+                        "has_crowd": "iscrowd" in fields,
+                        "has_size": "width" in features and "height" in features,
+                    }
+                    return _item(fields[category]), found
     return None
 
 

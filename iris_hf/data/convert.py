@@ -86,18 +86,18 @@ def to_hf(
     features = functools.partial(features_for, target_type, class_names, many_captions=many_captions)
     if streaming or (streaming is None and not is_map_style):
         return _stream(dataset, encode, features(stacked=stacked), is_map_style)
-    folder = _own_folder(cache_dir)
+    folder = own_folder(cache_dir)
     rows = functools.partial(_encoded_rows, num_proc=num_proc) if is_map_style else _iterate
     try:
-        return _write(rows(dataset, encode), features(stacked=stacked), folder)
-    except _OverlappingMasksError:
+        return write_rows(rows(dataset, encode), features(stacked=stacked), folder)
+    except OverlappingMasksError:
         if masks != "auto" or isinstance(dataset, Iterator):
             raise
     encode = _Encoder(target_type, num_classes, stacked=True)
-    return _write(rows(dataset, encode), features(stacked=True), folder)
+    return write_rows(rows(dataset, encode), features(stacked=True), folder)
 
 
-class _OverlappingMasksError(DataError):
+class OverlappingMasksError(DataError):
     """Two masks of an example share a pixel, so that one image of class indices cannot hold them."""
 
 
@@ -128,23 +128,8 @@ class _Encoder:
         if self.target_type == "detection":
             return {"image_id": index} | row | _box_columns(index, target, size)
         if self.target_type == "segmentation":
-            return row | self._mask_columns(target, where)
+            return row | mask_columns(target, self.stacked, where)
         return row | {"caption": caption} | self._label_column(target, where)
-
-    def _mask_columns(self, target: Tensor, where: str) -> dict[str, Any]:
-        masks = target.bool()
-        classes = masks.flatten(1).any(1).nonzero().flatten().tolist()
-        if self.stacked:
-            images = [_png(PIL.Image.fromarray(mask.numpy())) for mask in masks]
-            return {"annotation": images, "classes": classes}
-        if (masks.sum(0) > 1).any():
-            y, x = (masks.sum(0) > 1).nonzero()[0].tolist()
-            raise _OverlappingMasksError(
-                f"{where}the masks of classes {masks[:, y, x].nonzero().flatten().tolist()} overlap at x={x}, y={y}; "
-                'give masks="stack".'
-            )
-        index_mask = torch.where(masks.any(0), masks.byte().argmax(0), IGNORE_INDEX).byte()
-        return {"annotation": _png(PIL.Image.fromarray(index_mask.numpy())), "classes": classes}
 
     def _label_column(self, target: Any, where: str) -> dict[str, Any]:
         if self.num_classes is not None:
@@ -175,6 +160,36 @@ def _box_columns(index: int, target: Tensor, size: tuple[int, int]) -> dict[str,
     return {"width": size[0], "height": size[1], "objects": objects}
 
 
+def mask_columns(target: Tensor, stacked: bool, where: str) -> dict[str, Any]:
+    """Give the columns of a mask.
+
+    Args:
+        target: 0/1 masks `[num_classes, height, width]` of any dtype.
+        stacked: Whether each class gets its own image.
+        where: What an error message starts with.
+
+    Raises:
+        OverlappingMasksError: If masks overlap that are to share an image.
+    """
+    masks = target.bool()
+    classes = masks.flatten(1).any(1).nonzero().flatten().tolist()
+    if stacked:
+        empty = _png(PIL.Image.new("1", (masks.shape[2], masks.shape[1])))
+        images = [empty] * len(masks)
+        for index in classes:
+            images[index] = _png(PIL.Image.fromarray(masks[index].numpy()))
+        return {"annotation": images, "classes": classes}
+    crowded = masks.sum(0) > 1
+    if crowded.any():
+        y, x = crowded.nonzero()[0].tolist()
+        raise OverlappingMasksError(
+            f"{where}the masks of classes {masks[:, y, x].nonzero().flatten().tolist()} overlap at x={x}, y={y}; "
+            'give masks="stack".'
+        )
+    index_mask = torch.where(masks.any(0), masks.byte().argmax(0), IGNORE_INDEX).byte()
+    return {"annotation": _png(PIL.Image.fromarray(index_mask.numpy())), "classes": classes}
+
+
 def _png(mask: PIL.Image.Image) -> dict[str, Any]:
     buffer = io.BytesIO()
     mask.save(buffer, format="PNG")
@@ -190,7 +205,9 @@ def _check_arguments(
         raise ConfigError("The data set is a Hugging Face data set already; from_hf reads it.")
     if class_names is None and target_type != "image_text":
         raise ConfigError(f"class_names is needed for the target type {target_type!r}.")
-    if class_names is not None and (isinstance(class_names, str) or len(set(class_names)) != len(class_names)):
+    if class_names is not None and (
+        isinstance(class_names, str) or not class_names or len(set(class_names)) != len(class_names)
+    ):
         raise ConfigError(f"class_names is a list of distinct names, not {class_names!r}.")
     if num_proc < 1:
         raise ConfigError(f"num_proc must be positive, got {num_proc}.")
@@ -208,7 +225,12 @@ def _has_many_captions(dataset: Any, is_map_style: bool) -> bool:
         return False  # not an image-text example, which its check will tell with its name
 
 
-def _own_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+def own_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Make a new folder for an Arrow file, removed when this process ends.
+
+    Args:
+        cache_dir: Where to make it, for good; None chooses the cache folder of `datasets`.
+    """
     parent = Path(cache_dir if cache_dir is not None else datasets.config.HF_DATASETS_CACHE)
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="iris_hf-", dir=parent))  # a new name: nothing stale can be found in it
@@ -222,21 +244,33 @@ def _remove_folder(folder: Path, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(rows: Iterable[dict[str, Any]], features: datasets.Features, folder: Path) -> datasets.Dataset:
-    """Write rows to an Arrow stream in batches of bounded size, and map it."""
+def write_rows(rows: Iterable[dict[str, Any]], features: datasets.Features, folder: Path) -> datasets.Dataset:
+    """Write rows to an Arrow stream in batches of bounded size, and map it.
+
+    Args:
+        rows: Values by column, with images as mappings of ``bytes`` and ``path``.
+        features: The features of the columns.
+        folder: Where the file goes, from :func:`own_folder`.
+    """
     path, schema = folder / "data.arrow", features.arrow_schema
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         batch: list[dict[str, Any]] = []
         num_bytes = 0
         for row in rows:
             batch.append(row)
-            num_bytes += len(row["image"]["bytes"])
+            num_bytes += _num_image_bytes(row)
             if len(batch) >= _MAX_BATCH_ROWS or num_bytes >= _MAX_BATCH_BYTES:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
                 batch, num_bytes = [], 0
         if batch:
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
     return datasets.Dataset.from_file(str(path))
+
+
+def _num_image_bytes(row: dict[str, Any]) -> int:
+    masks = row.get("annotation", [])
+    images = [row["image"], *(masks if isinstance(masks, list) else [masks])]
+    return sum(len(image["bytes"] or b"") for image in images)
 
 
 def _encoded_rows(dataset: Any, encode: _Encoder, num_proc: int) -> Iterator[dict[str, Any]]:

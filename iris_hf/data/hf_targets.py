@@ -115,15 +115,19 @@ def _boxes(table: pa.Table, layout: Layout, indices: Sequence[int]) -> list[Tens
     nearly = (relative > -_ROUNDING) & (relative < 1 + _ROUNDING)
     relative = torch.where(nearly | torch.tensor(layout.fix_boxes), relative.clamp(0, 1), relative)
     targets = torch.cat([torch.from_numpy(_to_ints(categories)).float()[:, None], relative], dim=1)
+    left_out = torch.zeros(len(targets), dtype=torch.bool)
     if layout.fix_boxes:
-        empty = (relative[:, 0] >= relative[:, 2]) | (relative[:, 1] >= relative[:, 3])
-        targets, lengths = targets[~empty], lengths - _count_per_row(empty.numpy(), lengths)
-    bad = find_bad_box(targets, len(layout.class_names))
+        left_out |= (relative[:, 0] >= relative[:, 2]) | (relative[:, 1] >= relative[:, 3])
+    if layout.has_crowd:
+        left_out |= torch.from_numpy(_to_ints(_field(objects, "iscrowd", layout, indices)[1]) == 1)
+    bad = find_bad_box(targets[~left_out], len(layout.class_names))
     if bad is not None:
-        starts = np.cumsum(lengths) - lengths
-        row = int(np.searchsorted(starts + lengths, bad[0], side="right"))
-        raise DataError(f"Example {indices[row]}: box {bad[0] - starts[row]} {bad[1]}")
-    return list(torch.split(targets, lengths.tolist()))
+        box = int((~left_out).nonzero()[bad[0]])
+        ends = np.cumsum(lengths)
+        row = int(np.searchsorted(ends, box, side="right"))
+        raise DataError(f"Example {indices[row]}: box {box - (ends - lengths)[row]} {bad[1]}")
+    kept = lengths - _count_per_row(left_out.numpy(), lengths)
+    return list(torch.split(targets[~left_out], kept.tolist()))
 
 
 def _field(objects: pa.Array, name: str, layout: Layout, indices: Sequence[int]) -> tuple[_Ints, pa.Array]:
@@ -168,16 +172,17 @@ def _stacked_masks(stored: list[Any], layout: Layout, where: str) -> Tensor:
     assert layout.class_names is not None
     if len(stored) != len(layout.class_names):
         raise DataError(f"{where}{len(stored)} masks for {len(layout.class_names)} classes; give one mask per class.")
-    decoded: dict[bytes, Tensor] = {}  # empty masks have equal bytes
-    masks = []
-    for image in stored:
-        data = read_image_bytes(image, where)
-        if data not in decoded:
-            decoded[data] = _decode_mask(data, where)
-        masks.append(decoded[data])
-    if any(mask.shape != masks[0].shape for mask in masks):
-        raise DataError(f"{where}the masks have several sizes: {sorted({tuple(mask.shape) for mask in masks})}.")
-    return (torch.stack(masks) != 0).float()
+    read = [read_image_bytes(image, where) for image in stored]
+    decoded = {data: _decode_mask(data, where) != 0 for data in set(read)}  # empty masks have equal bytes
+    sizes = {tuple(mask.shape) for mask in decoded.values()}
+    if len(sizes) > 1:
+        raise DataError(f"{where}the masks have several sizes: {sorted(sizes)}.")
+    masks = torch.zeros(len(read), *sizes.pop())
+    filled = {data for data, mask in decoded.items() if mask.any()}
+    for index, data in enumerate(read):
+        if data in filled:
+            masks[index] = decoded[data]
+    return masks
 
 
 def _decode_mask(data: bytes, where: str) -> Tensor:

@@ -103,6 +103,22 @@ def image_size(source: Any, where: str = "") -> tuple[int, int]:
         raise _undecodable(source, error, where) from error
 
 
+def image_format(source: Any, where: str = "") -> str:
+    """The name of an encoded image's format, such as ``"JPEG"``, from the header alone.
+
+    Args:
+        source: As for :func:`decode_image`, but no PIL image.
+        where: What an error message starts with.
+
+    Raises:
+        DataError: If the source is missing or no image.
+    """
+    try:
+        return str(_open(source, where).format)
+    except _DECODING_ERRORS as error:
+        raise _undecodable(source, error, where) from error
+
+
 def read_image_bytes(source: Any, where: str = "") -> bytes:
     """Read the encoded bytes of an image that is not a PIL image.
 

@@ -366,6 +366,7 @@ def test_examples_out_of_format_are_named(example, kind, message):
         ({"target_type": "boxes"}, ConfigError, "Unknown target_type 'boxes'"),
         ({"class_names": None}, ConfigError, "class_names is needed for the target type 'multiclass'"),
         ({"class_names": ["a", "a"]}, ConfigError, "class_names is a list of distinct names"),
+        ({"class_names": []}, ConfigError, "class_names is a list of distinct names"),
         ({"class_names": "abc"}, ConfigError, "class_names is a list of distinct names"),
         ({"num_proc": 0}, ConfigError, "num_proc must be positive, got 0"),
         ({"masks": "stacked"}, ConfigError, "Unknown format of masks 'stacked'. Did you mean 'stack'"),
