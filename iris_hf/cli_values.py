@@ -46,8 +46,8 @@ def read_dataset(text: str) -> Dataset[Any]:
     """Load a dataset.
 
     Args:
-        text: A folder of `save_to_disk`, a folder of images, a `.parquet` file, or a Hub repository; with `#split` where
-            it holds several.
+        text: A folder of `save_to_disk`, a folder of images, a `.parquet` file, or a Hub repository; with `#split`
+            where it holds several.
 
     Raises:
         ConfigError: If it cannot be loaded, or holds several splits and none is named.

@@ -3,6 +3,10 @@
 Each message names the value that is wrong and the way out.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 
 class IrisHFError(Exception):
     """Base of every error that iris_hf raises on purpose."""
@@ -18,6 +22,25 @@ class DataError(IrisHFError, ValueError):
 
 class MissingDependencyError(IrisHFError, ImportError):
     """An optional package is needed; the message says which extra installs it."""
+
+
+class noted:
+    """A context that adds a note to an exception that passes through it.
+
+    It is a class since a generator would cost time in every step.
+
+    Args:
+        describe: Called for the note, only when there is an exception.
+    """
+
+    def __init__(self, describe: Callable[[], str]) -> None:
+        self.describe = describe
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            error.add_note(self.describe())
 
 
 def unknown_name(what: str, name: object, known: object) -> ConfigError:

@@ -1,7 +1,7 @@
 """The one table of tasks, and what their signatures say.
 
-A task is a function. Parameters before `*` are its inputs, keyword-only ones its configuration, and its return annotation
-names the outputs. The command line and the documentation table are views of this.
+A task is a function. Parameters before `*` are its inputs, keyword-only ones its configuration, and its return
+annotation names the outputs. The command line and the documentation table are views of this.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ TASKS: Mapping[str, Task] = {
         Task("create_open_clip_model", "iris_hf.models.sources.open_clip", output="model"),
         Task("get_targets_from_dataset", "iris_hf.data.read_targets", output="targets"),
         Task("evaluate_accuracy", "iris_hf.metrics.classification", output="accuracy"),
+        Task("evaluate_detection_average_precision", "iris_hf.metrics.detection", output="results"),
     )
 }
 """Every task by its name."""

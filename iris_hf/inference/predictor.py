@@ -24,7 +24,7 @@ from iris_hf.engine.loader import (
 )
 from iris_hf.engine.plugins import Plugin, PluginList, PredictState, load_plugins
 from iris_hf.engine.rng import preserve_generators
-from iris_hf.errors import ConfigError, DataError
+from iris_hf.errors import ConfigError, DataError, noted
 from iris_hf.models.steps import as_predictor
 from iris_hf.types import CollateFunction, Transform
 
@@ -143,12 +143,13 @@ def _run(
         if isinstance(batch, Failure):
             batch.reraise()
         inputs, batch_targets = batch
-        with accelerator.autocast(), plugins.forward_context():
+        where = f"On the examples {keys[0]} to {keys[-1]}"
+        with noted(lambda where=where: f"{where}."), accelerator.autocast(), plugins.forward_context():  # type: ignore[misc]
             batch_predictions = to_device(predictor(to_device(inputs, accelerator.device)), torch.device("cpu"))
         if not hasattr(batch_predictions, "__len__") or len(batch_predictions) != len(keys):
             raise DataError(
-                f"{type(model).__name__} gave {_count(batch_predictions)} for the {len(keys)} examples "
-                f"{keys[0]} to {keys[-1]}. It has to give one prediction per example: a tensor [N, ...] or a list."
+                f"{where} {type(model).__name__} gave {_count(batch_predictions)}. "
+                f"It has to give one prediction per example, here {len(keys)}: a tensor [N, ...] or a list."
             )
         predictions.append(batch_predictions)
         targets.append(_own(batch_targets))

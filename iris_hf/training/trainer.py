@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +28,7 @@ from iris_hf.engine.loader import (
 )
 from iris_hf.engine.plugins import Plugin, PluginList, TrainState, load_plugins
 from iris_hf.engine.rng import STEP, mix, preserve_generators, seed_generators
-from iris_hf.errors import ConfigError
+from iris_hf.errors import ConfigError, noted
 from iris_hf.models.steps import Trainable, as_trainable
 from iris_hf.training.config import OptimizerName, TrainConfig
 from iris_hf.training.optimizers import build_optimizer, parameter_groups
@@ -387,7 +387,7 @@ class TrainingRun:
 
     def noted(self) -> AbstractContextManager[Any]:
         """Return a context that says, in an error's notes, where in the run it happened."""
-        return _Noted(
+        return noted(
             lambda: f"At epoch {self.state.epoch}, step {self.state.step}, on rank {self.accelerator.process_index}."
         )
 
@@ -416,17 +416,6 @@ class TrainingRun:
     def trained_model(self) -> nn.Module:
         """Return the trained model: unwrapped, on the CPU, in train mode."""
         return self.trainable.model.to("cpu").train()
-
-
-class _Noted(AbstractContextManager[None]):
-    """Adds a note to an exception that passes; a class because a generator would cost time in every step."""
-
-    def __init__(self, describe: Callable[[], str]) -> None:
-        self.describe = describe
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            error.add_note(self.describe())
 
 
 def _check_strategy(accelerator: Accelerator) -> None:

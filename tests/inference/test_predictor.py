@@ -112,9 +112,9 @@ def test_a_collate_function_of_the_caller_is_used() -> None:
 
 
 def test_one_prediction_per_example_or_an_error_that_counts() -> None:
-    with pytest.raises(iris_hf.DataError, match="Gives gave a Tensor of length 1 for the 2 examples 0 to 1"):
+    with pytest.raises(iris_hf.DataError, match=r"On the examples 0 to 1 Gives gave a Tensor of length 1.*here 2"):
         predictions(lambda batch: torch.zeros(1))
-    with pytest.raises(iris_hf.DataError, match="Gives gave a NoneType for the 2 examples 0 to 1"):
+    with pytest.raises(iris_hf.DataError, match="On the examples 0 to 1 Gives gave a NoneType"):
         predictions(lambda batch: None)
 
 
@@ -126,8 +126,14 @@ def test_an_example_that_fails_is_named_with_the_cause(num_workers: int) -> None
         return image
 
     with pytest.raises(iris_hf.DataError, match="Example 3: KeyError: 'lost'") as caught:
-        iris_hf.predict(Numbers(), Net(), fail, num_dataloader_workers=num_workers)
+        iris_hf.predict(Numbers(), Gives(torch.tensor), fail, num_dataloader_workers=num_workers)
     assert "in fail" in "".join(caught.value.__notes__)
+
+
+def test_an_error_in_the_model_says_on_which_examples() -> None:
+    with pytest.raises(ZeroDivisionError) as caught:
+        predictions(lambda batch: [1 // (3 - i) for i in batch])
+    assert caught.value.__notes__ == ["On the examples 2 to 3."]
 
 
 def test_a_collate_function_that_fails_says_so() -> None:
