@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-import types
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
@@ -142,7 +141,9 @@ def _help(field: Field, is_required: bool) -> str:
 
 def _option(annotation: Any) -> dict[str, Any]:
     """Return argparse's arguments for a config value of this type."""
-    members = [m for m in _members(annotation) if m is not types.NoneType]
+    from iris_hf.tasks import union_members
+
+    members = union_members(annotation)
     if members == [bool]:
         return {"action": argparse.BooleanOptionalAction}
     if len(members) == 1 and get_origin(members[0]) is Literal:
@@ -150,14 +151,9 @@ def _option(annotation: Any) -> dict[str, Any]:
     if len(members) == 1 and members[0] in (int, float, str):
         return {"type": members[0], "metavar": members[0].__name__.upper()}
     lists = [m for m in members if get_origin(m) is not None and issubclass(get_origin(m), Sequence)]
-    if lists and any(member is str for item in lists for member in _members(get_args(item)[0])):
+    if lists and any(str in union_members(get_args(item)[0]) for item in lists):
         return {"nargs": "*", "metavar": "TEXT"}
     return {"type": _json_value, "metavar": "JSON"}
-
-
-def _members(annotation: Any) -> list[Any]:
-    is_union = get_origin(annotation) in (typing.Union, types.UnionType)
-    return [m for part in get_args(annotation) for m in _members(part)] if is_union else [annotation]
 
 
 def _json_value(text: str) -> Any:
@@ -169,7 +165,9 @@ def _json_value(text: str) -> Any:
 
 def _is_function(annotation: Any) -> bool:
     """Whether a value is code (a transform, a collate function): no text can name it, so it has a default."""
-    members = [m for m in _members(annotation) if m is not types.NoneType]
+    from iris_hf.tasks import union_members
+
+    members = union_members(annotation)
     return any(getattr(get_origin(member), "__name__", "") == "Callable" for member in members)
 
 

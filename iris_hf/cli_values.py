@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import types
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from iris_hf.errors import ConfigError, DataError
-from iris_hf.tasks import Field
+from iris_hf.tasks import Field, union_members
 
 _TENSOR_FILES = (".safetensors", ".npy", ".json")
 
@@ -23,23 +21,22 @@ def read_input(field: Field, text: str) -> Any:
     """Return the object that a task's input stands for.
 
     Args:
-        field: The input; its annotation says whether `text` names a model, a dataset or a tensor.
+        field: The input. Names are the contract's: `*dataset` is a dataset, `*model` a model; the rest are tensors, but
+            for inputs that are text themselves.
         text: What the command line gave.
 
     Raises:
         ConfigError: If nothing is there, or it is of no known kind.
     """
-    kinds = {typing.get_origin(m) or m for m in typing.get_args(field.annotation) or (field.annotation,)}
-    kinds -= {types.NoneType}
-    if any(isinstance(kind, type) and issubclass(kind, Dataset) for kind in kinds):
+    if str in union_members(field.annotation):
+        return text
+    if field.name.endswith("dataset"):
         return read_dataset(text)
-    if nn.Module in kinds:
+    if field.name.endswith(("model", "classifier")):
         from iris_hf.models.hub import from_pretrained
 
         return from_pretrained(text)
-    if Tensor in kinds or list in kinds:
-        return read_tensor(text)
-    return text
+    return read_tensor(text)
 
 
 def read_dataset(text: str) -> Dataset[Any]:

@@ -6,8 +6,10 @@ annotation names the outputs. The command line and the documentation table are v
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import re
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -87,7 +89,7 @@ class Task:
 
     @property
     def _hints(self) -> dict[str, Any]:
-        return typing.get_type_hints(self.function)
+        return typing.get_type_hints(self.function, localns=_Names(inspect.unwrap(self.function).__globals__))
 
     @cached_property
     def _parameters(self) -> list[tuple[Field, Any]]:
@@ -96,6 +98,23 @@ class Task:
             (Field(name=p.name, annotation=hints[p.name], default=p.default, help=texts.get(p.name, "")), p.kind)
             for p in inspect.signature(self.function).parameters.values()
         ]
+
+
+def union_members(annotation: Any) -> list[Any]:
+    """Return the alternatives of a union without None, or the annotation itself."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [m for part in typing.get_args(annotation) for m in union_members(part)]
+    return [] if annotation is types.NoneType else [annotation]
+
+
+class _Names(dict[str, Any]):
+    """The names in a function's annotations; Any for types of heavy libraries, imported for type checkers only."""
+
+    def __init__(self, module_names: Mapping[str, Any]) -> None:
+        self._module_names = module_names
+
+    def __missing__(self, name: str) -> Any:
+        return self._module_names.get(name, getattr(builtins, name, Any))
 
 
 def _described(documented: Any, section: str) -> dict[str, str]:
