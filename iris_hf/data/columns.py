@@ -80,6 +80,14 @@ class Layout:
         return columns
 
     @property
+    def class_columns(self) -> list[str]:
+        """The columns that tell which classes occur: no image, and no mask where `classes` lists them."""
+        if self.classes is not None:
+            return [self.classes]
+        needs_boxes = self.target_type == "detection" and self.fix_boxes
+        return self.target_columns if needs_boxes or self.target is None else [self.target]
+
+    @property
     def columns(self) -> list[str]:
         """The columns that are needed for an example."""
         extra = [] if self.caption is None else [self.caption]

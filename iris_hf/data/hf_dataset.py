@@ -122,10 +122,9 @@ class HFDataset(torch.utils.data.Dataset[Any]):
 
     def get_all_classes(self) -> list[list[int]]:
         """Read which classes occur in each example, without decoding images, nor masks if a column lists them."""
-        if not self.layout.target_columns:
+        columns = self.layout.class_columns
+        if not columns:
             return [[] for _ in range(len(self))]
-        classes = self.layout.classes
-        columns = self.layout.target_columns if classes is None else [classes]
         return read_classes(_whole_columns(self.hf_dataset, columns), self.layout, range(len(self)))
 
     def get_encoded(self, index: int) -> tuple[Any, Any]:

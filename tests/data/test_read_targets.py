@@ -76,6 +76,37 @@ def test_classes_of_masks_are_read_from_their_column():
     assert get_classes_from_dataset(dataset.select([0, 2, 1])) == [[0, 2], [1], []]
 
 
+@pytest.mark.parametrize("as_list_of_objects", [False, True])
+def test_classes_of_boxes_are_read_without_image_sizes_and_crowds(as_list_of_objects):
+    rows = [{"bbox": [[0.0, 0.0, 1.0, 1.0]] * 3, "category": [2, 0, 2], "iscrowd": [0, 1, 0]},
+            {"bbox": [], "category": [], "iscrowd": []},
+            {"bbox": [[0.0, 0.0, 1.0, 1.0]], "category": [1], "iscrowd": [0]}]  # fmt: skip
+    one = {"bbox": List(Value("float64")), "category": ClassLabel(names=CLASS_NAMES), "iscrowd": Value("int64")}
+    feature = List(one) if as_list_of_objects else {name: List(inner) for name, inner in one.items()}
+    if as_list_of_objects:
+        rows = [[dict(zip(row, box, strict=True)) for box in zip(*row.values(), strict=True)] for row in rows]
+    features = Features({"image": Image(), "objects": feature})
+    dataset = from_hf(datasets.Dataset.from_dict({"image": [None] * 3, "objects": rows}, features=features))
+    assert get_classes_from_dataset(dataset) == [[2], [], [1]]
+    assert get_classes_from_dataset(dataset.select([2, 1, 0, 2])) == [[1], [], [2], [1]]
+
+
+@pytest.mark.parametrize(
+    ("categories", "message"),
+    [
+        ([[0], [1, 7]], "Example 1: class index 7 is beyond the 3 classes"),
+        ([[0], None], r"Example 1: 'objects.category' is null"),
+    ],
+)
+def test_a_wrong_class_of_a_box_is_named(categories, message):
+    features = {"image": Image(), "objects": {"bbox": List(List(Value("float64"))), "category": List(Value("int64"))}}
+    rows = [{"bbox": [], "category": row} for row in categories]
+    columns = {"image": [None] * 2, "objects": rows}
+    dataset = from_hf(datasets.Dataset.from_dict(columns, features=Features(features)), class_names=CLASS_NAMES)
+    with pytest.raises(DataError, match=message):
+        get_classes_from_dataset(dataset)
+
+
 def test_classes_column_out_of_range_is_named():
     columns = {"image": [None] * 2, "annotation": [None] * 2, "classes": [[0], [-1]]}
     features = Features({"image": Image(), "annotation": Image(), "classes": List(ClassLabel(names=CLASS_NAMES))})
