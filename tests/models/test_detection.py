@@ -217,13 +217,13 @@ def test_rt_detr_overfits_a_handful_of_images():
     )
     trainable = as_trainable(model).train()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    for step in range(200):
+    for step in range(300):
         loss = trainable(images, targets)["loss"]
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step == 150:
+        if step == 225:
             optimizer.param_groups[0]["lr"] = 4e-4
     model.eval()
     with torch.no_grad():

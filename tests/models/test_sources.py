@@ -243,12 +243,15 @@ def test_packaged_weights_know_a_daisy(source, name, shared_data):
     model = create_timm_model(name, num_classes=1000, weights=source).eval()
     transform = create_image_transform(model)
     images = []
-    for file in sorted((shared_data / "classification/test/daisy").iterdir())[:30]:
+    for file in sorted((shared_data / "classification/test/daisy").iterdir()):
         with Image.open(file) as image:
             images.append(transform(image))
     with torch.no_grad():
         found = model.prediction_step(torch.stack(images)).argmax(1)
-    assert (found == 985).sum() >= 24  # ImageNet's daisy
+    # These are hard photos of 128 pixels: torchvision's own MobileNetV2 calls a third of them class 985, ImageNet's
+    # daisy, before any other. Chance is 1 in 1000, and a layer in the wrong place leaves nothing else.
+    assert found.mode().values == 985
+    assert (found == 985).float().mean() > 0.2
 
 
 def test_packaged_efficientnet_weights_serve_encoders_and_new_heads():

@@ -356,9 +356,9 @@ def _fields_of_processor(processor: Any) -> dict[str, Any]:
         value = getattr(processor, name, None)
         return default if value is None else value
 
-    factor = 255 * get("rescale_factor", 1 / 255) if get("do_rescale", True) else 255.0
+    factor = 255 * get("rescale_factor", 1 / 255) if get("do_rescale", False) else 255.0
     offset = 1.0 if get("rescale_offset", False) else 0.0
-    normalizes = get("do_normalize", get("image_mean") is not None)
+    normalizes = get("do_normalize", False)
     mean = get("image_mean", [0.5] * 3) if normalizes else [0.0] * 3
     std = get("image_std", [0.5] * 3) if normalizes else [1.0] * 3
     fields: dict[str, Any] = {
