@@ -101,8 +101,9 @@ def _batch_targets(targets: list[Any]) -> Any:
     first = targets[0]
     if isinstance(first, Tensor):
         _check_types(targets, Tensor, "target")
-        if all(target.shape in ((), (1,)) for target in targets):
-            return torch.stack([target.reshape(()) for target in targets])
+        shapes = {target.shape for target in targets}
+        if shapes <= {(), (1,)}:
+            return torch.stack(targets if shapes == {()} else [target.reshape(()) for target in targets])
         are_boxes = first.dim() == 2 and first.shape[1] == 5 and first.is_floating_point()
         return torch.stack(targets) if not are_boxes and _same_shape(targets) else targets
     if isinstance(first, numbers.Real):
