@@ -244,6 +244,21 @@ def test_frozen_parameters_stay_and_nothing_to_train_is_an_error() -> None:
         iris_hf.train(model.requires_grad_(False), Tensors(8), None, num_epochs=1)
 
 
+def test_clipping_bounds_the_norm_of_a_whole_step() -> None:
+    class Norms(iris_hf.Plugin):
+        def __init__(self) -> None:
+            self.norms: list[float] = []
+
+        def on_gradients_ready(self, state: iris_hf.TrainState) -> None:
+            gradients = [parameter.grad for parameter in state.model.parameters()]
+            self.norms.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+
+    before, after = Norms(), Norms()
+    train_tiny(accumulate_grad_batches=2, plugins=[before, "clip_grad_norm(0.2)", after])
+    assert max(before.norms) > 0.2
+    assert after.norms == pytest.approx([min(norm, 0.2) for norm in before.norms], rel=1e-4)
+
+
 def test_bf16_of_the_launcher_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
@@ -309,6 +324,7 @@ def test_an_error_in_the_model_says_where_in_the_run_it_happened() -> None:
         ({"plugins": ["log_summary(every=3)"]}, r"Plugin 'log_summary\(every=3\)': got an unexpected keyword"),
         ({"plugins": ["log_summary("]}, "is not of the form name or name"),
         ({"plugins": "log_summary"}, "plugins must be a list"),
+        ({"plugins": ["clip_grad_norm(0)"]}, "max_norm must be positive, got 0"),
         ({"num_epochs": 0}, "num_epochs must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"base_lr": -1.0}, "base_lr must not be negative, got -1.0"),

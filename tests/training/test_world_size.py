@@ -15,6 +15,7 @@ RUNS: list[dict[str, Any]] = [
     # 61 examples do not divide by anything here
     {"batch_size": 8, "num_examples": 61, "val_examples": 13, "val_batch_size": 3, "noisy": True},
     {"batch_size": 4, "accumulate_grad_batches": 3, "num_examples": 61, "optimizer": "zero_adamw", "base_lr": 1e-2},
+    {"batch_size": 8, "accumulate_grad_batches": 2, "num_examples": 64, "plugins": ["clip_grad_norm(0.05)"]},
 ]
 
 

@@ -16,6 +16,7 @@ ENTRY_POINT_GROUP = "iris_hf.plugins"
 """Other packages publish plugins as entry points of this group: `my_plugin = my_package.module:MyPlugin`."""
 
 BUILT_IN = {
+    "clip_grad_norm": "iris_hf.engine.plugins.clip_grad_norm:ClipGradNorm",
     "log_summary": "iris_hf.engine.plugins.log_summary:LogSummary",
     "progressbar": "iris_hf.engine.plugins.progressbar:ProgressBar",
 }
