@@ -268,9 +268,8 @@ def write_rows(rows: Iterable[dict[str, Any]], features: datasets.Features, fold
 
 
 def _num_image_bytes(row: dict[str, Any]) -> int:
-    masks = row.get("annotation", [])
-    images = [row["image"], *(masks if isinstance(masks, list) else [masks])]
-    return sum(len(image["bytes"] or b"") for image in images)
+    values = itertools.chain.from_iterable(value if isinstance(value, list) else [value] for value in row.values())
+    return sum(len(value.get("bytes") or b"") for value in values if isinstance(value, dict))
 
 
 def _encoded_rows(dataset: Any, encode: _Encoder, num_proc: int) -> Iterator[dict[str, Any]]:
