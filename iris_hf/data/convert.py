@@ -174,10 +174,10 @@ def mask_columns(target: Tensor, stacked: bool, where: str) -> dict[str, Any]:
     masks = target.bool()
     classes = masks.flatten(1).any(1).nonzero().flatten().tolist()
     if stacked:
-        empty = _png(PIL.Image.new("1", (masks.shape[2], masks.shape[1])))
+        empty = encode_mask(PIL.Image.new("1", (masks.shape[2], masks.shape[1])))
         images = [empty] * len(masks)
         for index in classes:
-            images[index] = _png(PIL.Image.fromarray(masks[index].numpy()))
+            images[index] = encode_mask(PIL.Image.fromarray(masks[index].numpy()))
         return {"annotation": images, "classes": classes}
     crowded = masks.sum(0) > 1
     if crowded.any():
@@ -187,10 +187,15 @@ def mask_columns(target: Tensor, stacked: bool, where: str) -> dict[str, Any]:
             'give masks="stack".'
         )
     index_mask = torch.where(masks.any(0), masks.byte().argmax(0), IGNORE_INDEX).byte()
-    return {"annotation": _png(PIL.Image.fromarray(index_mask.numpy())), "classes": classes}
+    return {"annotation": encode_mask(PIL.Image.fromarray(index_mask.numpy())), "classes": classes}
 
 
-def _png(mask: PIL.Image.Image) -> dict[str, Any]:
+def encode_mask(mask: PIL.Image.Image) -> dict[str, Any]:
+    """Give a mask as it is stored, a PNG.
+
+    Args:
+        mask: Of one channel.
+    """
     buffer = io.BytesIO()
     mask.save(buffer, format="PNG")
     return {"bytes": buffer.getvalue(), "path": None}

@@ -183,15 +183,30 @@ def _masks(stored: Any, layout: Layout, where: str) -> Tensor:
         raise DataError(f"{where}{layout.target!r} is null. Drop the example or give it a mask.")
     if layout.is_stacked:
         return _stacked_masks(stored, layout, where)
+    mask = read_index_mask(stored, layout, where)
+    return (mask == torch.arange(len(layout.class_names)).view(-1, 1, 1)).float()
+
+
+def read_index_mask(stored: Any, layout: Layout, where: str) -> Tensor:
+    """Decode an image of class indices: int32 `[height, width]`, with the layout's `ignore_index` for no class.
+
+    Args:
+        stored: What the target column holds.
+        layout: Of a segmentation data set whose masks are not stacked.
+        where: What an error message starts with.
+
+    Raises:
+        DataError: If it is no mask, or a pixel's class is out of range.
+    """
+    assert layout.class_names is not None
     mask = _decode_mask(read_image_bytes(stored, where), where)
     num_classes = len(layout.class_names)
-    masks = mask == torch.arange(num_classes).view(-1, 1, 1)
     unknown = (mask != layout.ignore_index) & ((mask < 0) | (mask >= num_classes))
     if unknown.any():
         y, x = unknown.nonzero()[0].tolist()
         problem = class_index_problem(int(mask[y, x]), num_classes)
         raise DataError(f"{where}at x={x}, y={y} of the mask: {problem} Or give ignore_index={int(mask[y, x])}.")
-    return masks.float()
+    return mask
 
 
 def _stacked_masks(stored: list[Any], layout: Layout, where: str) -> Tensor:

@@ -21,7 +21,7 @@ def create_classification_prompt_generator(
 
     Args:
         name: ``"clip_imagenet"`` for the 80 templates of CLIP (arXiv 2103.00020) for ImageNet,
-            ``"clip_imagenet_short"`` for the 7 best of them, ``"template"`` for one of your own.
+            ``"clip_imagenet_short"`` for the 7 that its authors chose among them, ``"template"`` for one of your own.
         template: Your own, which has to contain ``{}``, where the class name goes. None stands for ``"{}"``, the name
             alone.
 

@@ -14,12 +14,14 @@ from typing import Any
 import datasets
 import numpy as np
 import numpy.typing as npt
+import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from iris_hf.data.columns import IGNORE_INDEX
-from iris_hf.data.convert import mask_columns, own_folder, write_rows
+from iris_hf.data.convert import encode_mask, mask_columns, own_folder, write_rows
 from iris_hf.data.hf_dataset import HFDataset
+from iris_hf.data.hf_targets import read_index_mask
 from iris_hf.errors import DataError
 
 
@@ -86,7 +88,10 @@ def _images(stacked: bool) -> Any:
 
 def _mask_rows(dataset: HFDataset, class_ids: Sequence[int], stacked: bool) -> Iterator[dict[str, Any]]:
     """A row for each row behind the data set, empty where it does not show one."""
-    target, classes = str(dataset.layout.target), dataset.layout.classes or "classes"
+    layout = dataset.layout
+    target, classes = str(layout.target), layout.classes or "classes"
+    columns = [target] if layout.classes is None else [target, classes]
+    stored = dataset.hf_dataset.with_format("arrow").select_columns(columns)
     order = dataset.hf_dataset._indices
     behind = np.arange(len(dataset)) if order is None else order.column(0).to_numpy()
     position_of = dict(zip(*(values.tolist() for values in np.unique(behind, return_index=True)), strict=True))
@@ -94,9 +99,37 @@ def _mask_rows(dataset: HFDataset, class_ids: Sequence[int], stacked: bool) -> I
         if row not in position_of:
             yield {target: None, classes: None}
             continue
-        masks = dataset.get_targets(position_of[row])[list(class_ids)]
-        columns = mask_columns(masks, stacked, f"Example {position_of[row]}: ")
-        yield {target: columns["annotation"], classes: columns["classes"]}
+        position = position_of[row]
+        where = f"Example {position}: "
+        if layout.is_stacked and layout.classes is not None:
+            values = stored[position].to_pylist()[0]
+            new = _pick_masks(values[target], values[classes], dataset.num_classes, class_ids, where)
+        elif not stacked:
+            mask = read_index_mask(stored[position].to_pylist()[0][target], layout, where)
+            new = _renumber_mask(mask.numpy(), dataset.num_classes, class_ids)
+        else:
+            new = mask_columns(dataset.get_targets(position)[list(class_ids)], stacked, where)
+        yield {target: new["annotation"], classes: new["classes"]}
+
+
+def _pick_masks(
+    masks: list[Any] | None, classes: list[int], num_classes: int, class_ids: Sequence[int], where: str
+) -> dict[str, Any]:
+    """The columns of stacked masks, which need not be decoded."""
+    if masks is None or len(masks) != num_classes:
+        raise DataError(f"{where}{len(masks or ())} masks for {num_classes} classes; give one mask per class.")
+    occurring = [position for position, index in enumerate(class_ids) if index in classes]
+    return {"annotation": [masks[index] for index in class_ids], "classes": occurring}
+
+
+def _renumber_mask(mask: npt.NDArray[np.int32], num_classes: int, class_ids: Sequence[int]) -> dict[str, Any]:
+    """The columns of an index mask; pixels of other classes become those of none."""
+    new_index = np.full(num_classes + 1, IGNORE_INDEX, dtype=np.uint8)  # the last one stands for no class
+    new_index[list(class_ids)] = range(len(class_ids))
+    is_class = (mask >= 0) & (mask < num_classes)
+    new = new_index[np.where(is_class, mask, num_classes)]
+    occurring = np.flatnonzero(np.bincount(new.ravel(), minlength=len(class_ids))[: len(class_ids)]).tolist()
+    return {"annotation": encode_mask(PIL.Image.fromarray(new)), "classes": occurring}
 
 
 _Rewrite = Callable[[pa.Array], pa.Array]

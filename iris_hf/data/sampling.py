@@ -94,7 +94,8 @@ def make_oversampled_dataset(
         balance: Whether examples of rare classes are drawn more often. All are drawn alike otherwise.
         balance_weights_max: Greatest weight of a class, and of an example.
         balance_weights_min: Least weight of a class.
-        random_seed: Any integer. None draws one from torch's global generator.
+        random_seed: Any integer. None draws one from torch's global generator; give one where several processes make
+            the data set that they train on together.
 
     Returns:
         All examples in order, then those drawn; the data set itself if none are.

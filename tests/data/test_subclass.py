@@ -3,9 +3,11 @@ import pickle
 from typing import Any
 
 import datasets
+import numpy as np
+import PIL.Image
 import pytest
 import torch
-from data_examples import CLASS_NAMES, assert_same_target, hf_arguments, make_examples, noise
+from data_examples import CLASS_NAMES, assert_same_target, encode, hf_arguments, make_examples, noise
 from datasets import ClassLabel, Features, Image, List, Value
 from sampling_examples import LABELLED_KINDS, WithTargets, make_hf, make_targets, rows_of
 from torch.utils.data import ConcatDataset, Subset
@@ -201,12 +203,51 @@ def test_fields_of_unequal_length_are_an_error():
         get_subclass_dataset(dataset, CLASS_NAMES, class_ids=[0], remap_class_ids=True)
 
 
-def test_index_masks_without_a_classes_column_are_remapped():
-    full = to_hf(make_examples("segmentation", 8), **hf_arguments("segmentation"))
-    targets = [target for _, target in make_examples("segmentation", 8)]
+@pytest.mark.parametrize("kind", ["segmentation", "overlapping"])
+def test_masks_without_a_classes_column_are_remapped(kind):
+    examples = make_examples(kind, 8)
+    full = to_hf(examples, **hf_arguments(kind))
     dataset = from_hf(full.remove_columns("classes"), class_names=CLASS_NAMES, target_type="segmentation")
     result = get_subclass_dataset(dataset, CLASS_NAMES, class_ids=[0, 2], remap_class_ids=True).dataset
-    assert_remapped(from_hf(result.hf_dataset), "segmentation", targets, [0, 2])
+    assert_remapped(from_hf(result.hf_dataset), "segmentation", [target for _, target in examples], [0, 2])
+
+
+def test_index_masks_with_another_ignore_index_are_remapped():
+    pixels = np.array([[2, 0, 9], [2, 1, 9]], dtype=np.uint8)
+    columns = {"image": [None], "annotation": [{"bytes": encode(PIL.Image.fromarray(pixels), "PNG"), "path": None}]}
+    hf = datasets.Dataset.from_dict(columns, features=Features({"image": Image(), "annotation": Image()}))
+    dataset = from_hf(hf, class_names=CLASS_NAMES, ignore_index=9)
+    result = get_subclass_dataset(dataset, CLASS_NAMES, class_ids=[1, 2], remap_class_ids=True).dataset
+    assert torch.equal(from_hf(result.hf_dataset).get_targets(0), dataset.get_targets(0)[1:])
+    with pytest.raises(DataError, match="Example 0: at x=2, y=0 of the mask: class index 9 is beyond the 3 classes"):
+        get_subclass_dataset(from_hf(hf, class_names=CLASS_NAMES), CLASS_NAMES, class_ids=[1], remap_class_ids=True)
+
+
+def test_more_classes_than_an_index_mask_has_room_for_are_stacked():
+    names = [f"class {index}" for index in range(300)]
+    pixels = np.arange(300, dtype=np.uint16).reshape(15, 20)
+    columns = {"image": [None], "annotation": [{"bytes": encode(PIL.Image.fromarray(pixels), "PNG"), "path": None}]}
+    features = Features({"image": Image(), "annotation": Image()})
+    dataset = from_hf(datasets.Dataset.from_dict(columns, features=features), class_names=names, ignore_index=999)
+    ids = list(range(10, 290))
+    result = get_subclass_dataset(dataset, names, class_ids=ids, remap_class_ids=True).dataset
+    again = from_hf(result.hf_dataset)
+    assert again.class_names == names[10:290]
+    assert torch.equal(again.get_targets(0), dataset.get_targets(0)[ids])
+
+
+def test_stacked_masks_are_not_decoded():
+    stored = [[{"bytes": f"mask {row} {index}".encode(), "path": None} for index in range(3)] for row in range(3)]
+    columns = {"image": [None] * 3, "annotation": [*stored[:2], stored[2][:2]], "classes": [[0, 2], [1], [0]]}
+    label = List(ClassLabel(names=CLASS_NAMES))
+    features = Features({"image": Image(), "annotation": List(Image()), "classes": label})
+    hf = datasets.Dataset.from_dict(columns, features=features)
+    arguments = {"class_ids": [1, 2], "remap_class_ids": True}
+    result = get_subclass_dataset(from_hf(hf.select([0, 1])), CLASS_NAMES, **arguments).dataset.hf_dataset
+    rows = result.with_format("arrow")[:].select(["annotation", "classes"]).to_pylist()
+    assert rows == [{"annotation": stored[0][1:], "classes": [1]}, {"annotation": stored[1][1:], "classes": [0]}]
+    with pytest.raises(DataError, match="Example 2: 2 masks for 3 classes"):
+        get_subclass_dataset(from_hf(hf), CLASS_NAMES, class_ids=[0, 1], remap_class_ids=True)
 
 
 @pytest.mark.parametrize("form", [torch.tensor, lambda value: torch.tensor([value], dtype=torch.int32)])
