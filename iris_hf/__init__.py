@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from iris_hf.data.collate import collate as collate
     from iris_hf.data.convert import to_hf as to_hf
     from iris_hf.data.hf_dataset import from_hf as from_hf
+    from iris_hf.data.prompts import build_classification_prompt_dataset as build_classification_prompt_dataset
+    from iris_hf.data.prompts import create_classification_prompt_generator as create_classification_prompt_generator
     from iris_hf.data.read_targets import get_targets_from_dataset as get_targets_from_dataset
+    from iris_hf.data.sampling import make_oversampled_dataset as make_oversampled_dataset
+    from iris_hf.data.sampling import sample_few_shot_dataset as sample_few_shot_dataset
+    from iris_hf.data.subclass import get_subclass_dataset as get_subclass_dataset
     from iris_hf.engine.plugins.base import Plugin as Plugin
     from iris_hf.engine.plugins.base import PredictState as PredictState
     from iris_hf.engine.plugins.base import RunState as RunState
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
     from iris_hf.models.hub import from_pretrained as from_pretrained
     from iris_hf.models.hub import save_pretrained as save_pretrained
     from iris_hf.models.sources.open_clip import create_open_clip_model as create_open_clip_model
+    from iris_hf.models.sources.open_clip import create_tokenizer as create_tokenizer
     from iris_hf.models.sources.timm import create_timm_model as create_timm_model
     from iris_hf.models.sources.transformers import create_hf_model as create_hf_model
     from iris_hf.models.transforms import create_image_transform as create_image_transform
@@ -46,7 +52,10 @@ _HOMES = {
     "iris_hf.data.collate": ["collate"],
     "iris_hf.data.convert": ["to_hf"],
     "iris_hf.data.hf_dataset": ["from_hf"],
+    "iris_hf.data.prompts": ["build_classification_prompt_dataset", "create_classification_prompt_generator"],
     "iris_hf.data.read_targets": ["get_targets_from_dataset"],
+    "iris_hf.data.sampling": ["make_oversampled_dataset", "sample_few_shot_dataset"],
+    "iris_hf.data.subclass": ["get_subclass_dataset"],
     "iris_hf.engine.plugins.base": ["Plugin", "PredictState", "RunState", "TrainState"],
     "iris_hf.errors": ["ConfigError", "DataError", "IrisHFError", "MissingDependencyError"],
     "iris_hf.inference.predictor": ["predict"],
@@ -55,7 +64,7 @@ _HOMES = {
     "iris_hf.metrics.segmentation": ["evaluate_mean_iou"],
     "iris_hf.models.classifier": ["append_classifier"],
     "iris_hf.models.hub": ["from_pretrained", "save_pretrained"],
-    "iris_hf.models.sources.open_clip": ["create_open_clip_model"],
+    "iris_hf.models.sources.open_clip": ["create_open_clip_model", "create_tokenizer"],
     "iris_hf.models.sources.timm": ["create_timm_model"],
     "iris_hf.models.sources.transformers": ["create_hf_model"],
     "iris_hf.models.transforms": ["create_image_transform"],

@@ -110,8 +110,12 @@ def task_parser(task: Task) -> argparse.ArgumentParser:
     inputs = parser.add_argument_group("inputs")
     for field in task.inputs:
         if not _is_function(field.annotation):
+            option = _option(field.annotation)
             inputs.add_argument(
-                _flag(field.name), required=field.is_required, metavar="PATH", help=_help(field, field.is_required)
+                _flag(field.name),
+                required=field.is_required,
+                help=_help(field, field.is_required),
+                **(option if "nargs" in option else {"metavar": "PATH"}),
             )
     config = parser.add_argument_group("configuration")
     for field in task.config:

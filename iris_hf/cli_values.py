@@ -17,18 +17,18 @@ from iris_hf.tasks import Field, union_members
 _TENSOR_FILES = (".safetensors", ".npy", ".json")
 
 
-def read_input(field: Field, text: str) -> Any:
+def read_input(field: Field, text: str | list[str]) -> Any:
     """Return the object that a task's input stands for.
 
     Args:
         field: The input. Names are the contract's: `*dataset` is a dataset, `*model` a model; the rest are tensors, but
             for inputs that are text themselves.
-        text: What the command line gave.
+        text: What the command line gave; a list where the input is a list of texts.
 
     Raises:
         ConfigError: If nothing is there, or it is of no known kind.
     """
-    if str in union_members(field.annotation):
+    if isinstance(text, list) or str in union_members(field.annotation):
         return text
     if field.name.endswith("dataset"):
         return read_dataset(text)
@@ -120,6 +120,9 @@ def save_output(field: Field, value: Any, path: str) -> None:
         from iris_hf.models.hub import save_pretrained
 
         save_pretrained(value, path)
+        return
+    if hasattr(value, "hf_dataset"):
+        value.hf_dataset.save_to_disk(path)
         return
     suffix = Path(path).suffix
     if isinstance(value, Tensor) and suffix == ".npy":

@@ -136,6 +136,11 @@ TASKS: Mapping[str, Task] = {
         Task("create_timm_model", "iris_hf.models.sources.timm", output="model"),
         Task("create_open_clip_model", "iris_hf.models.sources.open_clip", output="model"),
         Task("get_targets_from_dataset", "iris_hf.data.read_targets", output="targets"),
+        Task("get_subclass_dataset", "iris_hf.data.subclass"),
+        Task("sample_few_shot_dataset", "iris_hf.data.sampling", output="dataset"),
+        Task("make_oversampled_dataset", "iris_hf.data.sampling", output="dataset"),
+        Task("create_classification_prompt_generator", "iris_hf.data.prompts", output="generator"),
+        Task("build_classification_prompt_dataset", "iris_hf.data.prompts", output="dataset"),
         Task("evaluate_accuracy", "iris_hf.metrics.classification", output="accuracy"),
         Task("evaluate_detection_average_precision", "iris_hf.metrics.detection", output="results"),
     )

@@ -102,6 +102,22 @@ def test_create_train_predict_and_score_from_the_command_line(images: Path, tmp_
     assert json.loads(scored.stdout) == {"accuracy": 1.0}
 
 
+def test_a_data_set_and_names_from_the_command_line(images: Path, tmp_path: Path) -> None:
+    sampled = run_python(
+        *("-m", "iris_hf", "sample_few_shot_dataset", "--dataset", str(images), "--n-shot", "2"),
+        *("--save-dataset", str(tmp_path / "few")),
+    )
+    assert sampled.returncode == 0, sampled.stderr
+    read = run_python("-m", "iris_hf", "get_targets_from_dataset", "--dataset", str(tmp_path / "few"))
+    assert sorted(json.loads(read.stdout)["targets"]) == [0, 0, 1, 1]
+    names = ("--class-names", "red", "blue")
+    picked = run_python(
+        *("-m", "iris_hf", "get_subclass_dataset", "--dataset", str(images), *names, "--class-ids", "[1]"),
+        *("--save-dataset", str(tmp_path / "one")),
+    )
+    assert json.loads(picked.stdout) == {"dataset": str(tmp_path / "one"), "class_names": ["blue"], "num_classes": 1}
+
+
 def test_every_public_name_loads_and_is_mirrored_for_type_checkers() -> None:
     source = (ROOT / "iris_hf" / "__init__.py").read_text()
     for name in iris_hf.__all__:
