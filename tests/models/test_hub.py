@@ -179,7 +179,7 @@ def test_broken_folders_are_refused_by_name(name, tmp_path):
     tensors = load_file_from(saved, weights)
     key = next(k for k, v in tensors.items() if v.ndim > 1)
     save_file({**tensors, key: torch.zeros(2, 2)}, weights, metadata={"format": "pt"})
-    with pytest.raises(DataError, match=rf"{key}.*2, 2"):
+    with pytest.raises(DataError, match=key):
         from_pretrained(tmp_path)
     save_file({k: v for k, v in tensors.items() if k != key}, weights, metadata={"format": "pt"})
     with pytest.raises(DataError, match=rf"missing.*{key}"):
