@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from iris_hf.models.classifier import append_classifier as append_classifier
     from iris_hf.models.hub import from_pretrained as from_pretrained
     from iris_hf.models.hub import save_pretrained as save_pretrained
+    from iris_hf.models.image_spec import ImageSpec as ImageSpec
+    from iris_hf.models.recipe import register_model_factory as register_model_factory
     from iris_hf.models.sources.open_clip import create_open_clip_model as create_open_clip_model
     from iris_hf.models.sources.open_clip import create_tokenizer as create_tokenizer
     from iris_hf.models.sources.timm import create_timm_model as create_timm_model
@@ -64,6 +66,8 @@ _HOMES = {
     "iris_hf.metrics.segmentation": ["evaluate_mean_iou"],
     "iris_hf.models.classifier": ["append_classifier"],
     "iris_hf.models.hub": ["from_pretrained", "save_pretrained"],
+    "iris_hf.models.image_spec": ["ImageSpec"],
+    "iris_hf.models.recipe": ["register_model_factory"],
     "iris_hf.models.sources.open_clip": ["create_open_clip_model", "create_tokenizer"],
     "iris_hf.models.sources.timm": ["create_timm_model"],
     "iris_hf.models.sources.transformers": ["create_hf_model"],
