@@ -4,13 +4,14 @@
     accelerate launch examples/detection.py path/to/BCCD --epochs 30
 
 The folder holds `instances_train.json`, `instances_test.json` and `images/`, such as BCCD's blood cells
-(github.com/Shenggan/BCCD_Dataset, 640x480 pixels, red cells, white cells and platelets). A small RT-DETR (Zhao et al.,
-arXiv 2304.08069; 0.6 million parameters) is built from its configuration and starts from random weights, at 192x160 pixels.
+(github.com/Shenggan/BCCD_Dataset, 640x480 pixels, red cells, white cells and platelets). A small RT-DETR (Zhao et
+al., arXiv 2304.08069; 0.6 million parameters) is built from its configuration and starts from random weights, at
+192x160 pixels.
 
-With `--overfit 8` it trains and is scored on the same eight images, without augmentation: a mistake in targets, matching
-or boxes would show. On two CPU cores that takes 2 minutes and prints `AP50 0.95`. From the 205 training images, 30
-epochs take 9 minutes and print `AP50 0.55` on the 72 test images. `outputs/detection.png` shows the predicted boxes
-beside the annotated ones.
+With `--overfit 8` it trains and is scored on the same eight images, without augmentation: a mistake in targets,
+matching or boxes would show. On two CPU cores that takes 2 minutes and prints `AP50 0.95`. From the 205 training
+images, 30 epochs take 9 minutes and print `AP50 0.55` on the 72 test images. `outputs/detection.png` shows the
+predicted boxes beside the annotated ones.
 """
 
 import argparse

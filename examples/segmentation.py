@@ -3,9 +3,9 @@
     accelerate launch examples/segmentation.py path/to/CamVid
 
 The folder holds `images/{train,test}/*.png`, masks of the same names in `masks/`, whose pixels are class indices, and
-`classes.json`, a list of names (or a dict with the key `classes`). With CamVid's road scenes as SegNet has them (480x360
-pixels, 11 classes, 11 = ignore; here 27 images to train on and 8 to test), a small Segformer (Xie et al., arXiv
-2105.15203) from random weights takes 3 minutes on two CPU cores and prints
+`classes.json`, a list of names (or a dict with the key `classes`). With CamVid's road scenes as SegNet has them
+(480x360 pixels, 11 classes, 11 = ignore; here 27 images to train on and 8 to test), a small Segformer (Xie et al.,
+arXiv 2105.15203) from random weights takes 3 minutes on two CPU cores and prints
 
     mean IoU 0.300 (majority class everywhere: 0.030)
 

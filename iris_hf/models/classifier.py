@@ -108,13 +108,15 @@ class ImageClassifier(nn.Module):
 
     def _fit(self, targets: Tensor, logits: Tensor) -> Tensor:
         n, num_classes = logits.shape
-        shapes = [(n,), (n, 1)] if self.target_type == "multiclass" else [(n, num_classes)]
+        # A single label per example, class index or only class, may come with an axis of its own or without.
+        is_single = self.target_type == "multiclass" or num_classes == 1
+        shapes = [(n,), (n, 1)] if is_single else [(n, num_classes)]
         if not isinstance(targets, Tensor) or tuple(targets.shape) not in shapes:
             got = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
             wanted = " or ".join(map(str, shapes))
             raise DataError(f"{self.target_type} targets of {n} examples must be a tensor {wanted}, got {got}.")
         if self.target_type == "multilabel":
-            return targets.to(logits.dtype)
+            return targets.reshape(logits.shape).to(logits.dtype)
         if targets.is_floating_point():
             raise DataError(f"multiclass targets must be integers (class indices), got {targets.dtype}.")
         return targets.flatten().long()
