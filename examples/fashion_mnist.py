@@ -45,7 +45,7 @@ def main() -> None:
     """Convert, train, predict, score."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128, help="examples per process and step")
     options = parser.parse_args()
 
@@ -58,13 +58,13 @@ def main() -> None:
         "resnet18",
         num_classes=10,
         class_names=CLASS_NAMES,
-        config={"layers": [1, 1, 1, 1], "channels": [24, 48, 96, 192]},
+        config={"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]},
         image_spec={"height": 28, "width": 28, "crop_fraction": 1.0},
     )
     model, seconds = iris_hf.train(
         model,
         train_set,
-        iris_hf.create_image_transform(model, train=True, min_scale=0.8),
+        iris_hf.create_image_transform(model, train=True, min_scale=0.9),
         num_epochs=options.epochs,
         batch_size=options.batch_size,
         optimizer="adamw",

@@ -5,12 +5,12 @@
 
 The 1,797 digits of scikit-learn (8x8 pixels, from 43 writers) become a Hugging Face data set, a small ViT is built from
 its configuration and trained on Accelerate, and an `evaluate` module scores it on the 360 digits that it has not seen.
-On two CPU cores this takes under a minute and prints
+On two CPU cores this takes about a minute and prints
 
     validation accuracy: 0.978 (352 of 360 digits)
 
-give or take a digit or two between machines. `outputs/quickstart.png` shows the learning curve and the confusion
-matrix.
+and a few digits more or fewer on other machines and versions. `outputs/quickstart.png` shows the learning curve and
+the confusion matrix.
 """
 
 import argparse

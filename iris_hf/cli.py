@@ -101,6 +101,7 @@ def task_parser(task: Task) -> argparse.ArgumentParser:
     """Return the parser of a task's command."""
     parser = argparse.ArgumentParser(
         prog=f"iris-hf {task.name}",
+        allow_abbrev=False,
         description=task.summary,
         epilog="Models: a folder of save_pretrained or a Hub repository. Datasets: a folder of save_to_disk, an image "
         "folder, a .parquet file or a Hub repository, each with #split where it has several. Tensors: .safetensors, "

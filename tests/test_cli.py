@@ -42,6 +42,7 @@ def test_the_documented_table_is_that_of_the_signatures() -> None:
         (["evaluate_accuracy", "--predictions", "no.npy", "--targets", "no.npy"], "There is no file 'no.npy'"),
         (["evaluate_accuracy", "--predictions", "x.csv", "--targets", "y"], "'x.csv' is not a file of tensors"),
         (["evaluate_accuracy", "--predictions", "x.npy"], "required: --targets"),
+        (["evaluate_accuracy", "--pred", "x.npy", "--targets", "y"], "required: --predictions"),
         (["train", "--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
         (["train", "--optimizer", "adamv"], "argument --optimizer: invalid choice: 'adamv'"),
     ],

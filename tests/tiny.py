@@ -38,6 +38,33 @@ class Net(nn.Module):
         return self.head(self.body(images))
 
 
+class NormNet(Net):
+    """The same with BatchNorm, an integer buffer, a buffer that is not saved, and a criterion of its own to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.register_buffer("unsaved", torch.zeros(()), persistent=False)
+        del self.criterion
+        self.__dict__["criterion"] = Scaled()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.unsaved.add_(1)
+        return super().forward(self.norm(images))
+
+
+class Scaled(nn.Module):
+    """A criterion with a parameter, whose loss has the shape `[1]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs * self.scale, targets) + self.scale**2
+
+
 class Recorder(iris_hf.Plugin):
     """Writes down the steps of a run."""
 

@@ -82,7 +82,12 @@ def to_hf(
     num_classes = None if class_names is None else len(class_names)
     stacked = masks == "stack" or (masks == "auto" and (num_classes or 0) > IGNORE_INDEX)
     encode = _Encoder(target_type, num_classes, stacked)
-    many_captions = target_type == "image_text" and _has_many_captions(dataset, is_map_style)
+    many_captions = False
+    if target_type == "image_text":
+        first: Any = dataset[0] if is_map_style else next(iter(dataset), None)
+        many_captions = _has_many_captions(first)
+        if isinstance(dataset, Iterator):  # which has given its first example away
+            dataset = itertools.chain([first], dataset)
     features = functools.partial(features_for, target_type, class_names, many_captions=many_captions)
     if streaming or (streaming is None and not is_map_style):
         return _stream(dataset, encode, features(stacked=stacked), is_map_style)
@@ -222,10 +227,9 @@ def _check_arguments(
         raise ConfigError(f"An index mask has room for {IGNORE_INDEX} classes, not {len(class_names)}. Use 'stack'.")
 
 
-def _has_many_captions(dataset: Any, is_map_style: bool) -> bool:
-    first: Any = dataset[0] if is_map_style else next(iter(dataset), None)
+def _has_many_captions(example: Any) -> bool:
     try:
-        return isinstance(first[0][1], list)
+        return isinstance(example[0][1], list)
     except (TypeError, IndexError, KeyError):
         return False  # not an image-text example, which its check will tell with its name
 

@@ -63,7 +63,8 @@ def open_accelerator(device: Device | None = None, **options: Any) -> Iterator[A
             way that contradicts the launcher or the device.
     """
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import GradientAccumulationPlugin
 
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f"device must be 'cpu', 'cuda' or None, got {device!r}.")
@@ -72,13 +73,17 @@ def open_accelerator(device: Device | None = None, **options: Any) -> Iterator[A
     # Without cpu=True, a rank that torchrun started on a machine without accelerators believes that it is alone.
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     world_size = launched_world_size() or 1
-    singletons = [AcceleratorState] if world_size > 1 else [AcceleratorState, PartialState]
+    singletons: list[Any] = [AcceleratorState, GradientState]
+    if world_size == 1:  # with several processes it holds the process group, of which there is one
+        singletons.append(PartialState)
     kept = [dict(singleton._shared_state) for singleton in singletons]
     for singleton in singletons:
         singleton._shared_state.clear()
     try:
         try:
-            accelerator = Accelerator(cpu=on_cpu, **options)
+            # The loop divides by its micro-batches itself; without this, an environment variable would do so again.
+            accumulation = GradientAccumulationPlugin(num_steps=1)
+            accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_plugin=accumulation, **options)
         except ValueError as error:
             raise ConfigError(f"Accelerate refuses this set-up: {error}") from error
         if accelerator.num_processes != world_size:
@@ -91,9 +96,8 @@ def open_accelerator(device: Device | None = None, **options: Any) -> Iterator[A
         yield accelerator
     finally:
         for singleton, state in zip(singletons, kept, strict=True):
-            if state:
-                singleton._shared_state.clear()
-                singleton._shared_state.update(state)
+            singleton._shared_state.clear()
+            singleton._shared_state.update(state)
 
 
 def agree_on_seed(random_seed: int | None) -> int:
@@ -107,5 +111,10 @@ def agree_on_seed(random_seed: int | None) -> int:
         return random_seed
     from accelerate.utils import broadcast_object_list
 
-    seed: int = broadcast_object_list([int(torch.randint(1 << 62, ()))])[0]
+    seed: int = broadcast_object_list([draw_seed()])[0]
     return seed
+
+
+def draw_seed() -> int:
+    """Draw a seed from torch's global generator."""
+    return int(torch.randint(1 << 62, ()))

@@ -83,6 +83,7 @@ def _first_error(folder: Path, failure: Any) -> BaseException:
 def _work(folder: Path) -> None:
     """Run one worker: read the call, make it, write the first worker's result or one's own error."""
     import cloudpickle
+    import torch
 
     rank = os.environ["RANK"]
     try:
@@ -96,6 +97,8 @@ def _work(folder: Path) -> None:
         if rank == "0":
             with open(folder / _RESULT, "wb") as file:
                 cloudpickle.dump(result, file)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except Exception as error:
         error.add_note(f"In worker {rank} of the local run:\n{traceback.format_exc()}")
         partial = folder / f"{rank}.partial"
@@ -107,3 +110,6 @@ def _work(folder: Path) -> None:
 
 if __name__ == "__main__":
     _work(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the result is written; threads of libraries sometimes abort a process that is torn down in full

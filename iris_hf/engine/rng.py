@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-ORDER, EXAMPLE, STEP, SAMPLING = range(4)
+ORDER, EXAMPLE, STEP, VALIDATION, PREDICTION = range(5)
 """What a stream of random numbers is for; streams of different purpose never coincide."""
 
 _MASK = (1 << 64) - 1

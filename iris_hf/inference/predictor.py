@@ -23,9 +23,9 @@ from iris_hf.engine.loader import (
     to_device,
 )
 from iris_hf.engine.plugins import Plugin, PluginList, PredictState, load_plugins
-from iris_hf.engine.rng import preserve_generators
+from iris_hf.engine.rng import PREDICTION, mix, preserve_generators, seed_generators
 from iris_hf.errors import ConfigError, DataError, noted
-from iris_hf.models.steps import as_predictor
+from iris_hf.models.steps import Predictor, as_predictor
 from iris_hf.types import CollateFunction, Transform
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ def _predict_here(
     plugins: Sequence[str | Plugin],
 ) -> PredictResult:
     """Predict in this process, as one rank of its launcher's world."""
-    plugin_list = load_plugins(plugins)
+    plugin_list = load_plugins(plugins, before=getattr(model, "plugins", ()))
     num_examples = count_examples(dataset, "dataset")
-    as_predictor(model)  # a model that cannot predict is an error before anything is set up
+    predictor = as_predictor(plugin_list.transform("transform_model", model))
     with open_accelerator(device, **plugin_list.accelerator_options()) as accelerator:
         batches = OrderedBatches(
             num_examples,
@@ -124,18 +124,18 @@ def _predict_here(
             preserve_generators(accelerator.device),
             plugin_list.running(),
             closing_workers(loader),
-            _lent(plugin_list.transform("transform_model", model), accelerator.device) as lent,
+            _lent(predictor, accelerator.device),
         ):
-            predictions, targets = _run(accelerator, plugin_list, lent, loader, batches)
+            predictions, targets = _run(accelerator, plugin_list, predictor, loader, batches)
         return PredictResult(_joined(_gathered(predictions)), _joined(_gathered(targets)))
 
 
 @torch.no_grad()
 def _run(
-    accelerator: Accelerator, plugins: PluginList, model: nn.Module, loader: Any, batches: OrderedBatches
+    accelerator: Accelerator, plugins: PluginList, predictor: Predictor, loader: Any, batches: OrderedBatches
 ) -> tuple[list[Any], list[Any]]:
     """Return this rank's predictions and targets, batch by batch, on the CPU."""
-    predictor = as_predictor(model)
+    model = predictor.model
     state = PredictState(accelerator=accelerator, model=model, num_batches=len(batches))
     predictions, targets = [], []
     plugins.notify("on_prediction_start", state)
@@ -143,13 +143,19 @@ def _run(
         if isinstance(batch, Failure):
             batch.reraise()
         inputs, batch_targets = batch
+        seed_generators(mix(0, PREDICTION, keys.start), accelerator.device)
         where = f"On the examples {keys[0]} to {keys[-1]}"
         with noted(lambda where=where: f"{where}."), accelerator.autocast(), plugins.forward_context():  # type: ignore[misc]
             batch_predictions = to_device(predictor(to_device(inputs, accelerator.device)), torch.device("cpu"))
-        if not hasattr(batch_predictions, "__len__") or len(batch_predictions) != len(keys):
+        if not _has_one_per_example(batch_predictions, len(keys)):
             raise DataError(
                 f"{where} {type(model).__name__} gave {_count(batch_predictions)}. "
                 f"It has to give one prediction per example, here {len(keys)}: a tensor [N, ...] or a list."
+            )
+        if batch_targets is not None and not _has_one_per_example(batch_targets, len(keys)):
+            raise DataError(
+                f"{where} the collate function gave {_count(batch_targets)} as targets. "
+                f"It has to give one per example, here {len(keys)}: a tensor [N, ...] or a list."
             )
         predictions.append(batch_predictions)
         targets.append(_own(batch_targets))
@@ -160,12 +166,13 @@ def _run(
 
 
 @contextmanager
-def _lent(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+def _lent(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Put a model on the device and in eval mode, and give it back as it was."""
     modes = {module: module.training for module in model.modules()}
     home = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), device)
     try:
-        yield model.to(device).eval()
+        model.to(device).eval()
+        yield
     finally:
         model.to(home)
         for module, training in modes.items():
@@ -196,6 +203,14 @@ def _own(targets: Any) -> Any:
     return map_nested(_own, targets)
 
 
+def _has_one_per_example(values: Any, num_examples: int) -> bool:
+    """Whether values are a tensor or a list of that length; the length of a dict or a tuple means something else."""
+    if isinstance(values, Tensor):
+        return values.dim() > 0 and len(values) == num_examples
+    return isinstance(values, list) and len(values) == num_examples
+
+
 def _count(predictions: Any) -> str:
     kind = type(predictions).__name__
-    return f"a {kind} of length {len(predictions)}" if hasattr(predictions, "__len__") else f"a {kind}"
+    has_length = isinstance(predictions, list) or (isinstance(predictions, Tensor) and predictions.dim() > 0)
+    return f"a {kind} of length {len(predictions)}" if has_length else f"a {kind}"

@@ -94,7 +94,7 @@ class Trainable(nn.Module):
                 "training_step must return {'loss': scalar}" if self._has_step else "criterion must return a scalar"
             )
             raise ConfigError(f"{type(self.model).__name__}.{source}, got {_describe(result)}.")
-        return cast("dict[str, Any]", result)
+        return {**result, "loss": loss.reshape(())} if loss.dim() else cast("dict[str, Any]", result)
 
 
 class Predictor(nn.Module):

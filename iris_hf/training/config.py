@@ -68,7 +68,7 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
         for name in ("base_lr", "weight_decay", "momentum", "num_dataloader_workers"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # NaN too
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.val_check_interval is not None and not 0 < self.val_check_interval <= 1:
             raise ConfigError(
@@ -96,7 +96,7 @@ class TrainConfig:
     def validates_after(self, epoch: int) -> bool:
         """Whether the validation set is gone through after epoch `epoch` (from 0): at intervals, and after the last."""
         if self.val_check_interval is not None:
-            interval = max(1, int(self.num_epochs * self.val_check_interval))
+            interval = max(1, int(self.num_epochs * self.val_check_interval + 1e-9))
         else:
             interval = self.val_check_interval_epoch or 1
         return (epoch + 1) % interval == 0 or epoch + 1 == self.num_epochs

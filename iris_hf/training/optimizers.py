@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from iris_hf.errors import ConfigError, unknown_name
+from iris_hf.models.steps import Trainable
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def parameter_groups(
     """Sort a model's trainable parameters into groups of equal learning rate and weight decay.
 
     Args:
-        model: Parameters with `requires_grad=False` are left out.
+        model: Parameters with `requires_grad=False` are left out. Of a Trainable, names are those in its model.
         base_lr: Learning rate of parameters that no pattern scales.
         weight_decay: Weight decay of parameters that no pattern exempts.
         no_weight_decay_param_names: Regular expressions; a parameter whose name one of them matches from its
@@ -129,6 +130,8 @@ def parameter_groups(
     names = _compile("no_weight_decay_param_names", no_weight_decay_param_names or ())
     classes = _compile("no_weight_decay_module_class_names", no_weight_decay_module_class_names or ())
     scales = list(lr_scale_param_names or ())
+    if any(isinstance(pair, str) or len(pair) != 2 for pair in scales):
+        raise ConfigError(f"lr_scale_param_names must be a list of [pattern, factor], got {scales!r}.")
     scaled = _compile("lr_scale_param_names", [pattern for pattern, _ in scales])
     used: set[re.Pattern[str]] = set()
 
@@ -146,7 +149,9 @@ def parameter_groups(
         for parameter in module.parameters()
     }
     groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    described = type(model.model if isinstance(model, Trainable) else model).__name__
+    for full_name, parameter in model.named_parameters():
+        name = full_name.removeprefix("model.") if isinstance(model, Trainable) else full_name
         by_name = first_match(names, name) is not None
         scale = first_match(scaled, name)
         if not parameter.requires_grad:
@@ -156,12 +161,10 @@ def parameter_groups(
         group = groups.setdefault((lr, decay), {"params": [], "lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
     if not groups:
-        raise ConfigError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing can be trained.")
+        raise ConfigError(f"{described} has no parameter with requires_grad=True: nothing can be trained.")
     for pattern in dict.fromkeys([*names, *classes, *scaled]):
         if pattern not in used:
-            logger.warning(
-                "The pattern %r matches no parameter or module class of %s.", pattern.pattern, type(model).__name__
-            )
+            logger.warning("The pattern %r matches no parameter or module class of %s.", pattern.pattern, described)
     return list(groups.values())
 
 

@@ -7,13 +7,14 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from iris_hf.engine.accelerator import Device, agree_on_seed, needs_local_workers, open_accelerator
+from iris_hf.engine.accelerator import Device, agree_on_seed, draw_seed, needs_local_workers, open_accelerator
 from iris_hf.engine.launch import run_in_workers
 from iris_hf.engine.loader import (
     EpochBatches,
@@ -27,7 +28,7 @@ from iris_hf.engine.loader import (
     to_device,
 )
 from iris_hf.engine.plugins import Plugin, PluginList, TrainState, load_plugins
-from iris_hf.engine.rng import STEP, mix, preserve_generators, seed_generators
+from iris_hf.engine.rng import STEP, VALIDATION, mix, preserve_generators, seed_generators
 from iris_hf.errors import ConfigError, noted
 from iris_hf.models.steps import Trainable, as_trainable
 from iris_hf.training.config import OptimizerName, TrainConfig
@@ -93,7 +94,8 @@ def train(
     such as dropout masks, draws others on other ranks.) A train set smaller than one full step is gone through
     several times per epoch.
 
-    The caller's model and random generators stay as they are.
+    BatchNorm sees its own process's part of a batch; its statistics are averaged over the processes before each
+    validation and at the end. The caller's model and random generators stay as they are.
 
     Args:
         model: Has `training_step(inputs, targets) -> {"loss": scalar}`, or `criterion` and `forward`.
@@ -124,7 +126,8 @@ def train(
         no_weight_decay_param_names: Regular expressions matched from the start of a parameter's name.
         no_weight_decay_module_class_names: Regular expressions matched from the start of a module's class name.
         lr_scale_param_names: List of `[pattern, factor]`; the first pattern that matches scales a parameter's rate.
-        plugins: Names, with arguments where needed, or Plugin objects; after those in `model.plugins`.
+        plugins: Names, with arguments where needed, or Plugin objects; after those in `model.plugins`. An object that
+            ran in local workers has the attributes of the first worker's afterwards.
         random_seed: Any integer, 0 included. None draws one from torch's global generator.
         ddp_find_unused_parameters: For models whose forward leaves parameters out, on several processes.
 
@@ -140,10 +143,17 @@ def train(
     config = TrainConfig.of(arguments)
     inputs = {name: arguments[name] for name in _INPUTS}
     if needs_local_workers(num_processes):
-        state = run_in_workers(_trained_state, inputs, config, num_processes=num_processes, device=device)
-        trained = copy.deepcopy(model)
-        trained.load_state_dict(state)
-        trained.train()
+        if random_seed is None:
+            config = replace(config, random_seed=draw_seed())
+        tensors, attributes = run_in_workers(
+            _fit_for_caller, inputs, config, num_processes=num_processes, device=device
+        )
+        trained = copy.deepcopy(model).to("cpu").train()
+        with torch.no_grad():
+            for name, tensor in _tensors(trained).items():
+                tensor.copy_(tensors[name])
+        for plugin, values in zip(_own_plugins(config), attributes, strict=True):
+            vars(plugin).update(values)
     else:
         trained = fit(config, **inputs)
     return TrainResult(trained, time.perf_counter() - start)
@@ -152,8 +162,18 @@ def train(
 _INPUTS = ("model", "train_dataset", "train_transform", "val_dataset", "val_transform", "collate_function")
 
 
-def _trained_state(inputs: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
-    return fit(config, **inputs).state_dict()
+def _fit_for_caller(inputs: Mapping[str, Any], config: TrainConfig) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Train in a worker; return the model's tensors and the attributes of the caller's plugin objects."""
+    tensors = _tensors(fit(config, **inputs))
+    return {name: tensor.detach() for name, tensor in tensors.items()}, [vars(p) for p in _own_plugins(config)]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _own_plugins(config: TrainConfig) -> list[Plugin]:
+    return [plugin for plugin in config.plugins if isinstance(plugin, Plugin)]
 
 
 def fit(
@@ -272,7 +292,7 @@ class TrainingRun:
 
         trainable.to(accelerator.device)
         groups = parameter_groups(
-            trainable.model,
+            trainable,
             base_lr=config.base_lr,
             weight_decay=config.weight_decay,
             no_weight_decay_param_names=config.no_weight_decay_param_names,
@@ -350,10 +370,11 @@ class TrainingRun:
         """
         losses = []
         for position in range(count):
-            inputs, targets = self.plugins.transform("transform_batch", self.take(batches))
+            batch = self.take(batches)
             seed_generators(
                 mix(self.seed, STEP, self.state.step, position, self.accelerator.process_index), self.accelerator.device
             )
+            inputs, targets = self.plugins.transform("transform_batch", batch)
             with self.synchronised(position == count - 1), self.noted():
                 with self.plugins.forward_context():
                     loss = self.model(inputs, targets)["loss"]
@@ -398,6 +419,7 @@ class TrainingRun:
 
         state, accelerator = self.state, self.accelerator
         assert self.val_batches is not None
+        self.synchronise_buffers()
         was_training = self.trainable.training
         self.trainable.eval()
         self.plugins.notify("on_validation_start", state)
@@ -405,8 +427,10 @@ class TrainingRun:
         loss_sum, count = torch.zeros((), device=accelerator.device), 0
         batches = iter(self.val_loader)
         for batch in self.val_batches.batches:
+            inputs, targets = self.take(batches)
+            seed_generators(mix(self.seed, VALIDATION, state.epoch, batch.start), accelerator.device)
             with self.noted(), accelerator.autocast(), self.plugins.forward_context():
-                loss_sum += self.trainable(*self.take(batches))["loss"].float() * len(batch)
+                loss_sum += self.trainable(inputs, targets)["loss"].float() * len(batch)
             count += len(batch)
         losses, counts = zip(*gather_object([(loss_sum.item(), count)]), strict=True)
         state.val_loss = sum(losses) / sum(counts)
@@ -415,7 +439,18 @@ class TrainingRun:
 
     def trained_model(self) -> nn.Module:
         """Return the trained model: unwrapped, on the CPU, in train mode."""
-        return self.trainable.model.to("cpu").train()
+        self.synchronise_buffers()
+        return self.trainable.to("cpu").model.train()
+
+    def synchronise_buffers(self) -> None:
+        """Make buffers equal on all ranks: the mean (BatchNorm's statistics), or rank 0's where they are integers."""
+        if self.accelerator.num_processes == 1:
+            return
+        for buffer in self.trainable.buffers():
+            if buffer.is_floating_point():
+                torch.distributed.all_reduce(buffer.div_(self.accelerator.num_processes))
+            else:
+                torch.distributed.broadcast(buffer, src=0)
 
 
 def _check_strategy(accelerator: Accelerator) -> None:

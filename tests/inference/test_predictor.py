@@ -116,6 +116,25 @@ def test_one_prediction_per_example_or_an_error_that_counts() -> None:
         predictions(lambda batch: torch.zeros(1))
     with pytest.raises(iris_hf.DataError, match="On the examples 0 to 1 Gives gave a NoneType"):
         predictions(lambda batch: None)
+    with pytest.raises(iris_hf.DataError, match="On the examples 0 to 1 Gives gave a dict"):
+        predictions(lambda batch: {"logits": torch.zeros(len(batch)), "features": torch.zeros(len(batch))})
+    with pytest.raises(iris_hf.DataError, match="the collate function gave a dict as targets"):
+        iris_hf.predict(Numbers(), Gives(torch.tensor), None, lambda examples: (torch.zeros(len(examples)), {"y": 1}))
+
+
+def test_a_predictor_outside_the_model_runs_in_eval_mode_too() -> None:
+    model = Net()
+    model.__dict__["predictor"] = nn.Dropout(0.5)
+    del model._modules["predictor"]
+    assert bool((iris_hf.predict(Tensors(32), model).predictions != 0).all())
+    assert model.predictor.training
+
+
+def test_a_model_that_draws_gets_numbers_that_depend_on_the_batch_alone() -> None:
+    model = Gives(lambda batch: torch.rand(len(batch)))
+    first = iris_hf.predict(Numbers(), model, batch_size=2).predictions
+    assert len(set(first.tolist())) == 5
+    assert torch.equal(first, iris_hf.predict(Numbers(), model, batch_size=2, num_dataloader_workers=0).predictions)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

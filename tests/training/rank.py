@@ -4,7 +4,8 @@ import json
 import sys
 
 import torch
-from tiny import Net, Tensors, noisy, train_tiny
+from accelerate.utils import gather_object
+from tiny import Net, NormNet, Tensors, noisy, train_tiny
 
 import iris_hf
 
@@ -18,8 +19,11 @@ if __name__ == "__main__":
             run["val_dataset"] = Tensors(run.pop("val_examples"), seed=1)
         weights, recorder = train_tiny(**run)
         results.append({"weights": weights, **vars(recorder)})
+    norm = iris_hf.train(NormNet(), Tensors(32), None, Tensors(8), num_epochs=2, batch_size=4, random_seed=0).model
+    everywhere = gather_object([[buffer.tolist() for buffer in norm.buffers()]])
     result = iris_hf.predict(Tensors(13), Net(), batch_size=2, num_dataloader_workers=0)
     results.append({"predictions": result.predictions, "targets": result.targets})
+    results.append({"buffers": everywhere})
     from accelerate import PartialState
 
     if PartialState().is_main_process:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import Net, Recorder, Tensors, noisy, train_tiny
+from tiny import Net, NormNet, Recorder, Tensors, noisy, train_tiny
 from torch import nn
 
 import iris_hf
@@ -185,6 +185,7 @@ def test_validation_is_the_mean_loss_per_example() -> None:
         ({}, [0, 1, 2, 3, 4, 5, 6]),
         ({"val_check_interval_epoch": 3}, [2, 5, 6]),
         ({"val_check_interval": 0.5}, [2, 5, 6]),
+        ({"val_check_interval": 0.43}, [2, 5, 6]),
         ({"val_check_interval": 0.01}, [0, 1, 2, 3, 4, 5, 6]),
         ({"val_check_interval": 1.0}, [6]),
     ],
@@ -257,6 +258,43 @@ def test_clipping_bounds_the_norm_of_a_whole_step() -> None:
     train_tiny(accumulate_grad_batches=2, plugins=[before, "clip_grad_norm(0.2)", after])
     assert max(before.norms) > 0.2
     assert after.norms == pytest.approx([min(norm, 0.2) for norm in before.norms], rel=1e-4)
+
+
+def test_a_criterion_outside_the_model_is_trained_and_its_loss_may_have_an_axis() -> None:
+    model = NormNet()
+    trained = iris_hf.train(model, Tensors(16), None, Tensors(8), num_epochs=1, batch_size=8, base_lr=0.1).model
+    assert trained.criterion.scale.item() != 1.0
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_a_plugin_draws_depends_on_the_seed_and_the_step_alone(num_workers: int) -> None:
+    class Draws(iris_hf.Plugin):
+        def __init__(self) -> None:
+            self.numbers: list[float] = []
+
+        def transform_batch(self, batch: Any) -> Any:
+            self.numbers.append(float(torch.rand(())))
+            return batch
+
+    runs = []
+    for seed in (0, 0, 1):
+        runs.append(Draws())
+        train_tiny(plugins=[runs[-1]], random_seed=seed, num_dataloader_workers=num_workers if len(runs) == 1 else 0)
+    assert runs[0].numbers == runs[1].numbers
+    assert len(set(runs[0].numbers)) == len(runs[0].numbers)
+    assert runs[1].numbers != runs[2].numbers
+
+
+def test_accelerates_state_is_the_callers_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+
+    expected, _ = train_tiny(num_epochs=1)
+    own = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=4)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    weights, _ = train_tiny(num_epochs=1)
+    assert_equal(weights, expected)
+    assert own.mixed_precision == "bf16"
+    assert own.gradient_accumulation_steps == 4
 
 
 def test_bf16_of_the_launcher_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,6 +377,8 @@ def test_an_error_in_the_model_says_where_in_the_run_it_happened() -> None:
         ({"lr_scheduler": {"warmup_epochs": 1, "warmup_iters": 1}}, "give one of them"),
         ({"lr_scheduler": {"name": "multistep"}}, "needs decay_milestones"),
         ({"lr_scheduler": "linear"}, "lr_scheduler must be a mapping"),
+        ({"lr_scale_param_names": ["head"]}, r"must be a list of \[pattern, factor\], got \['head'\]"),
+        ({"base_lr": float("nan")}, "base_lr must not be negative, got nan"),
         ({"no_weight_decay_param_names": ["("]}, r"'\(' is no regular expression"),
         ({"no_weight_decay_param_names": "bias"}, "must be a list of patterns, got the string 'bias'"),
         ({"device": "gpu"}, "device must be 'cpu', 'cuda' or None, got 'gpu'"),

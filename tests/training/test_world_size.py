@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from launching import torchrun
-from tiny import Net, Tensors, noisy, train_tiny
+from tiny import Net, NormNet, Recorder, Tensors, noisy, train_tiny
 
 import iris_hf
 
@@ -50,20 +50,35 @@ def test_two_processes_take_the_same_steps_as_one(on_two: list[dict[str, Any]], 
 
 def test_thirteen_examples_on_two_processes_come_once_each_and_in_order(on_two: list[dict[str, Any]]) -> None:
     alone = iris_hf.predict(Tensors(13), Net(), batch_size=2, num_dataloader_workers=0)
-    assert torch.equal(on_two[-1]["predictions"], alone.predictions)
-    assert torch.equal(on_two[-1]["targets"], Tensors(13).labels)
+    assert torch.equal(on_two[-2]["predictions"], alone.predictions)
+    assert torch.equal(on_two[-2]["targets"], Tensors(13).labels)
+
+
+def test_every_rank_ends_with_the_same_statistics(on_two: list[dict[str, Any]]) -> None:
+    first, second = on_two[-1]["buffers"]
+    assert first == second
 
 
 def test_num_processes_starts_workers_and_gives_the_model_back() -> None:
+    recorder = Recorder()
     alone = iris_hf.train(Net(), Tensors(), None, num_epochs=2, batch_size=8, base_lr=0.1, random_seed=0)
-    shared = iris_hf.train(
-        Net(), Tensors(), None, num_epochs=2, batch_size=4, base_lr=0.1, random_seed=0, num_processes=2
-    )
+    settings = {"num_epochs": 2, "base_lr": 0.1, "random_seed": 0, "plugins": [recorder]}
+    shared = iris_hf.train(Net(), Tensors(), None, batch_size=4, num_processes=2, **settings)
     for one, two in zip(alone.model.parameters(), shared.model.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
     assert shared.model.training
+    assert recorder.steps == list(range(1, 17))  # what a plugin object saw comes back too
     predicted = iris_hf.predict(Tensors(13), Net(), batch_size=2, num_processes=2)
     assert torch.equal(predicted.predictions, iris_hf.predict(Tensors(13), Net(), batch_size=2).predictions)
+
+
+def test_workers_give_back_unsaved_buffers_and_draw_from_the_callers_generator() -> None:
+    trained = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        trained.append(iris_hf.train(NormNet(), Tensors(16), None, num_epochs=1, batch_size=4, num_processes=2).model)
+    assert float(trained[0].unsaved) == 2
+    assert torch.equal(trained[0].head.weight, trained[1].head.weight)
 
 
 def test_workers_take_functions_and_classes_of_the_caller() -> None:

@@ -35,8 +35,9 @@ def load_plugins(specifications: Sequence[str | Plugin], *, before: Sequence[str
         ConfigError: If a name is unknown, two packages publish it, it is not of the form `name(arguments)`, or
             the arguments do not fit the plugin.
     """
-    if isinstance(specifications, str):
-        raise ConfigError(f"plugins must be a list of plugins, got the string {specifications!r}. Put it in a list.")
+    for given in (before, specifications):
+        if isinstance(given, str):
+            raise ConfigError(f"plugins must be a list of plugins, got the string {given!r}. Put it in a list.")
     return PluginList([s if isinstance(s, Plugin) else make_plugin(s) for s in (*before, *specifications)])
 
 
@@ -44,7 +45,7 @@ def make_plugin(specification: str) -> Plugin:
     """Make one plugin of a string; see :func:`load_plugins`."""
     name, args, kwargs = parse(specification)
     plugin_class = find_plugin(name)
-    signature = inspect.signature(plugin_class)
+    signature = inspect.signature(plugin_class).replace(return_annotation=inspect.Signature.empty)
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
