@@ -1,11 +1,17 @@
-"""Real launchers for tests: torchrun with gloo on this machine's CPU."""
+"""Real launchers for tests: torchrun with gloo on this machine's CPU, and examples under `accelerate launch`."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
+
 ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+TIMEOUT = 1500
+"""Seconds that an example may take, some times what it takes on an idle machine."""
 
 
 def run_python(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -31,3 +37,26 @@ def torchrun(num_processes: int, *arguments: str, timeout: float = 300) -> subpr
         timeout=timeout,
         OMP_NUM_THREADS="1",
     )
+
+
+def launch(name: str, *arguments: str, folder: Path) -> str:
+    """Run an example under `accelerate launch` in an empty folder and return what it printed."""
+    launcher = str(Path(sys.executable).with_name("accelerate"))
+    cache = {"HF_HOME": str(folder / "hf"), "MPLCONFIGDIR": str(folder / "mpl")}
+    script = f"import os, sys; os.chdir({str(folder)!r}); os.execv({launcher!r}, [{launcher!r}, *sys.argv[1:]])"
+    done = run_python("-c", script, "launch", str(EXAMPLES / name), *arguments, timeout=TIMEOUT, **cache)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def number(pattern: str, text: str) -> float:
+    """Return the number that follows a pattern in what was printed."""
+    found = re.search(pattern + r" (\d\.\d+)", text)
+    assert found, text
+    return float(found.group(1))
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture with something on it."""
+    with PIL.Image.open(path) as picture:
+        return picture.width > 600 and len(picture.convert("L").getcolors() or []) > 20

@@ -2,37 +2,12 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 
 import datasets
 import PIL.Image
 import pytest
-from launching import ROOT, run_python
-
-EXAMPLES = ROOT / "examples"
-TIMEOUT = 900
-
-
-def launch(name: str, *arguments: str, folder: Path) -> str:
-    """Run an example under `accelerate launch` in an empty folder and return what it printed."""
-    launcher = str(Path(sys.executable).with_name("accelerate"))
-    cache = {"HF_HOME": str(folder / "hf"), "MPLCONFIGDIR": str(folder / "mpl")}
-    script = f"import os, sys; os.chdir({str(folder)!r}); os.execv({launcher!r}, [{launcher!r}, *sys.argv[1:]])"
-    done = run_python("-c", script, "launch", str(EXAMPLES / name), *arguments, timeout=TIMEOUT, **cache)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def number(pattern: str, text: str) -> float:
-    found = re.search(pattern + r" (\d\.\d+)", text)
-    assert found, text
-    return float(found.group(1))
-
-
-def is_picture(path: Path) -> bool:
-    with PIL.Image.open(path) as picture:
-        return picture.width > 600 and len(picture.convert("L").getcolors() or []) > 20
+from launching import EXAMPLES, ROOT, TIMEOUT, is_picture, launch, number
 
 
 @pytest.mark.timeout(TIMEOUT)
