@@ -4,9 +4,9 @@
     accelerate launch examples/fashion_mnist.py
 
 Ten kinds of clothes, 60,000 + 10,000 images of 28x28 pixels (Xiao et al., arXiv 1708.07747). On two CPU cores it takes
-about 3 minutes and prints
+about 5 minutes and prints
 
-    test accuracy: 0.910
+    test accuracy: 0.907
 
 The images go through `to_hf` to a Hugging Face data set on disk, and from there to the model.
 """
@@ -45,7 +45,7 @@ def main() -> None:
     """Convert, train, predict, score."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=128, help="examples per process and step")
     options = parser.parse_args()
 
