@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from launching import run_python
 from PIL import Image
 from torch import nn
 
@@ -389,3 +390,19 @@ def test_wrong_open_clip_requests_are_refused():
         create_tokenizer(nn.Flatten())
     with pytest.raises(ConfigError, match=r"'nobody/nothing' is no architecture of open_clip, and transformers"):
         create_tokenizer("nobody/nothing")
+
+
+def test_a_model_of_a_configuration_asks_no_network():
+    code = (
+        "import socket\n"
+        "def refuse(*arguments, **options):\n"
+        "    raise SystemExit(f'asked for {arguments}')\n"
+        "socket.getaddrinfo = refuse\n"
+        "import iris_hf\n"
+        "small = {'image_size': 8, 'patch_size': 4, 'hidden_size': 8, 'num_hidden_layers': 1, 'num_attention_heads': 1}\n"
+        "iris_hf.create_hf_model('vit', target_type='multiclass', class_names=['a'], pretrained=False, config=small)\n"
+        "iris_hf.create_timm_model('resnet10t')\n"
+        "print('made')\n"
+    )
+    done = run_python("-c", code, HF_HUB_OFFLINE="0")
+    assert done.stdout == "made\n", done.stderr

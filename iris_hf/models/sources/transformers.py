@@ -180,7 +180,8 @@ def _create(
                 parameter.requires_grad_(True)
     network.train()
 
-    processor = _load_processor(str(source)) if isinstance(source, str | Path) else None
+    is_stored = isinstance(source, str | Path) and not _is_model_type(source, pretrained)
+    processor = _load_processor(str(source)) if is_stored else None
     fields = _fields_of_processor(processor) if processor is not None else _fields_of_config(settings, target_type)
     fields["variable_size"] = target_type == "detection" or not _has_fixed_size(network)
     spec = make_image_spec(fields, image_spec)
@@ -225,6 +226,13 @@ def _create(
     )
 
 
+def _is_model_type(source: Any, pretrained: bool) -> bool:
+    """Whether a name means a type of model, `vit`, and not a repository or folder: nothing is looked up then."""
+    from transformers import CONFIG_MAPPING
+
+    return not pretrained and str(source) in CONFIG_MAPPING
+
+
 def _make_config(source: Any, changes: Mapping[str, Any], *, pretrained: bool) -> Any:
     """The configuration that is asked for, as an object of our own."""
     import transformers
@@ -243,7 +251,7 @@ def _make_config(source: Any, changes: Mapping[str, Any], *, pretrained: bool) -
         settings = CONFIG_MAPPING[model_type].from_dict(_settle_backbone(values, model_type))
     elif isinstance(source, transformers.PretrainedConfig):
         settings = copy.deepcopy(source)
-    elif not pretrained and str(source) in CONFIG_MAPPING:
+    elif _is_model_type(source, pretrained):
         _check_fields(CONFIG_MAPPING[str(source)], changes)
         return CONFIG_MAPPING[str(source)].from_dict(_settle_backbone(changes, str(source)))
     else:
