@@ -399,7 +399,7 @@ def test_a_model_of_a_configuration_asks_no_network():
         "    raise SystemExit(f'asked for {arguments}')\n"
         "socket.getaddrinfo = refuse\n"
         "import iris_hf\n"
-        "small = {'image_size': 8, 'patch_size': 4, 'hidden_size': 8, 'num_hidden_layers': 1, 'num_attention_heads': 1}\n"
+        "small = {'image_size': 8, 'patch_size': 4, 'hidden_size': 8, 'num_attention_heads': 1}\n"
         "iris_hf.create_hf_model('vit', target_type='multiclass', class_names=['a'], pretrained=False, config=small)\n"
         "iris_hf.create_timm_model('resnet10t')\n"
         "print('made')\n"
