@@ -24,6 +24,26 @@ class MissingDependencyError(IrisHFError, ImportError):
     """An optional package is needed; the message says which extra installs it."""
 
 
+def failure_of(what: str, error: Exception) -> DataError:
+    """Build the error for an example that could not be read or a batch that could not be made.
+
+    Args:
+        what: What failed, such as ``"Example 7"``.
+        error: Why.
+
+    Returns:
+        An error that survives the way from a worker process to the loop: with the traceback as a note, since notes
+        are pickled, and tracebacks and causes are not.
+    """
+    import traceback
+
+    if isinstance(error, DataError):
+        return DataError(f"{what}: {error}")
+    named = DataError(f"{what}: {type(error).__name__}: {error}")
+    named.add_note("".join(traceback.format_exception(error)))
+    return named
+
+
 class noted:
     """A context that adds a note to an exception that passes through it.
 

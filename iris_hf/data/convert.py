@@ -10,7 +10,6 @@ import itertools
 import os
 import shutil
 import tempfile
-import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from iris_hf.data.columns import IGNORE_INDEX, features_for
 from iris_hf.data.images import encode_image, image_size
 from iris_hf.data.read_targets import locate
 from iris_hf.data.targets import check_target
-from iris_hf.errors import ConfigError, DataError, unknown_name
+from iris_hf.errors import ConfigError, DataError, failure_of, unknown_name
 from iris_hf.types import TARGET_TYPES, TargetType
 
 _ROWS_PER_CHUNK = 4  # what a worker process sends at a time: few, since a row may be a 12-megapixel PNG
@@ -292,7 +291,7 @@ def _encoded_rows(dataset: Any, encode: _Encoder, num_proc: int) -> Iterator[dic
     )
     failure = None
     for rows in loader:
-        if isinstance(rows, Exception):
+        if isinstance(rows, DataError):
             failure = rows
             break  # first drops the iterator, which stops the workers; in a traceback it would live on
         yield from rows
@@ -310,7 +309,7 @@ class _Chunks(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return -(-len(self.dataset) // _ROWS_PER_CHUNK)
 
-    def __getitem__(self, chunk: int) -> list[dict[str, Any]] | Exception:
+    def __getitem__(self, chunk: int) -> list[dict[str, Any]] | DataError:
         rows: list[dict[str, Any]] = []
         start = chunk * _ROWS_PER_CHUNK
         for index in range(start, min(start + _ROWS_PER_CHUNK, len(self.dataset))):
@@ -318,10 +317,8 @@ class _Chunks(torch.utils.data.Dataset[Any]):
                 rows.append(self.encode(index, _encoded_example(self.dataset, index)))
             except DataError as error:
                 return error
-            except Exception:
-                if torch.utils.data.get_worker_info() is None:
-                    raise
-                return RuntimeError(f"Example {index} cannot be read from its data set.\n{traceback.format_exc()}")
+            except Exception as error:
+                return failure_of(f"Example {index}", error)
         return rows
 
 

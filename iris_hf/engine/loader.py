@@ -6,7 +6,6 @@ loader workers keep no state, an epoch can start anywhere, and every world size 
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from iris_hf.data.targets import check_target
 from iris_hf.data.transforms import as_pair_transform
 from iris_hf.engine.accelerator import available_cores
 from iris_hf.engine.rng import EXAMPLE, ORDER, mix, preserve_generators, probe_generators, seed_generators
-from iris_hf.errors import ConfigError, DataError
+from iris_hf.errors import ConfigError, DataError, failure_of
 from iris_hf.types import CollateFunction, TargetType, Transform
 
 Key = tuple[int, int]
@@ -124,7 +123,7 @@ class Examples(Dataset[Any]):
                     seed_generators(mix(self.seed, EXAMPLE, epoch, index))
                 examples.append(self._example(epoch, index))
             except Exception as error:
-                return Failure(_named(f"Example {index}", error))
+                return Failure(failure_of(f"Example {index}", error))
         return examples
 
     def _example(self, epoch: int, index: int) -> tuple[Any, Any]:
@@ -161,7 +160,7 @@ class Collator:
         try:
             return self.collate_function(examples)
         except Exception as error:
-            return Failure(_named("The collate function", error))
+            return Failure(failure_of("The collate function", error))
 
 
 class EpochBatches(Sampler[list[Key]]):
@@ -322,12 +321,3 @@ def map_nested(function: Callable[[Any], Any], data: Any) -> Any:
     if isinstance(data, (list, tuple)):
         return type(data)(map(function, data))
     return data
-
-
-def _named(what: str, error: Exception) -> DataError:
-    """Return a DataError that says what failed, and survives the way from a loader worker to the loop."""
-    if isinstance(error, DataError):
-        return DataError(f"{what}: {error}")
-    named = DataError(f"{what}: {type(error).__name__}: {error}")
-    named.add_note("".join(traceback.format_exception(error)))  # notes are pickled, tracebacks and causes are not
-    return named

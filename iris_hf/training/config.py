@@ -81,7 +81,9 @@ class TrainConfig:
                 f"{self.val_check_interval_epoch} say different things: give one of them."
             )
         OPTIMIZERS.check(self.optimizer, momentum=self.momentum, nesterov=self.nesterov)
-        LrSchedulerConfig.of(self.lr_scheduler)
+        scheduler = LrSchedulerConfig.of(self.lr_scheduler)
+        if scheduler.name == "cosine_annealing" and scheduler.min_lr > self.base_lr:
+            raise ConfigError(f"min_lr={scheduler.min_lr} is above base_lr={self.base_lr}: the rate would rise.")
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> TrainConfig:

@@ -329,12 +329,18 @@ def test_a_wrong_target_is_named_by_its_index(num_proc):
         to_hf(Examples(examples), num_proc=num_proc, **hf_arguments("detection"))
 
 
-def test_a_failing_source_fails_the_conversion():
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_failing_source_is_named_with_the_cause(num_proc):
     examples = Broken(make_examples("multiclass"))
-    with pytest.raises(RuntimeError, match=r"^the source fails$"):
-        to_hf(examples, **hf_arguments("multiclass"))
-    with pytest.raises(RuntimeError, match=r"(?s)^Example 6 cannot be read .*RuntimeError: the source fails"):
-        to_hf(examples, num_proc=2, **hf_arguments("multiclass"))
+    with pytest.raises(DataError, match=r"^Example 6: RuntimeError: the source fails\n") as caught:
+        to_hf(examples, num_proc=num_proc, **hf_arguments("multiclass"))
+    assert "in __getitem__" in "".join(caught.value.__notes__)
+
+
+def test_a_generator_keeps_its_first_example():
+    examples = make_examples("image_text")
+    kept = from_hf(to_hf(iter(examples), streaming=True, **hf_arguments("image_text")))
+    assert len(list(kept)) == len(examples)
 
 
 @pytest.mark.parametrize(

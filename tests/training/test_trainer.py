@@ -373,6 +373,7 @@ def test_an_error_in_the_model_says_where_in_the_run_it_happened() -> None:
         ({"nesterov": True}, "nesterov=True needs a momentum above 0"),
         ({"nesterov": True, "optimizer": "adam"}, "nesterov=True works with optimizer 'sgd', not with 'adam'"),
         ({"lr_scheduler": {"name": "cosin"}}, "Unknown lr_scheduler 'cosin'. Did you mean"),
+        ({"lr_scheduler": {"min_lr": 1.0}}, "min_lr=1.0 is above base_lr=0.1"),
         ({"lr_scheduler": {"warmup": 1}}, "Unknown field of lr_scheduler 'warmup'"),
         ({"lr_scheduler": {"warmup_epochs": 1, "warmup_iters": 1}}, "give one of them"),
         ({"lr_scheduler": {"name": "multistep"}}, "needs decay_milestones"),
