@@ -36,7 +36,7 @@ def test_finetune_trains_on_any_folder_of_images(tmp_path: Path) -> None:
     printed = launch(
         "finetune.py", "digits", "--image-size", "64", "--epochs", "3", "--batch-size", "16", folder=tmp_path
     )
-    assert number("test accuracy:", printed) > 0.9
+    assert number("test accuracy:", printed) > 0.8  # chance: 0.33
     assert is_picture(tmp_path / "outputs" / "finetune.png")
     assert (tmp_path / "outputs" / "finetune" / "model.safetensors").is_file()
 
