@@ -4,9 +4,7 @@
     accelerate launch examples/fashion_mnist.py
 
 Ten kinds of clothes, 60,000 + 10,000 images of 28x28 pixels (Xiao et al., arXiv 1708.07747). On two CPU cores it takes
-about 5 minutes and prints
-
-    test accuracy: 0.907
+about 5 minutes and prints a test accuracy above 0.90 (four epochs: 0.904).
 
 The images go through `to_hf` to a Hugging Face data set on disk, and from there to the model.
 """
