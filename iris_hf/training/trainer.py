@@ -369,6 +369,7 @@ class TrainingRun:
             The mean loss on this rank, a scalar on the device.
         """
         losses = []
+        scaler = self.accelerator.scaler
         for position in range(count):
             batch = self.take(batches)
             seed_generators(
@@ -378,9 +379,12 @@ class TrainingRun:
             with self.synchronised(position == count - 1), self.noted():
                 with self.plugins.forward_context():
                     loss = self.model(inputs, targets)["loss"]
-                self.accelerator.backward(loss if count == 1 else loss / count)
+                scaled = loss if count == 1 else loss / count
+                if scaler is None:
+                    scaled.backward()  # what accelerator.backward comes to, less a division by one
+                else:
+                    self.accelerator.backward(scaled)
             losses.append(loss.detach())
-        scaler = self.accelerator.scaler
         if self.plugins.hooks("on_gradients_ready"):
             if scaler is not None:
                 scaler.unscale_(self.optimizer)
