@@ -60,8 +60,7 @@ def collate(examples: Sequence[Any]) -> tuple[Any, Any]:
 def _batch_inputs(values: list[Any], what: str) -> Any:
     first = values[0]
     if isinstance(first, Tensor):
-        _check_types(values, Tensor, what)
-        return torch.stack(values) if _same_shape(values) else values
+        return _stack(values, what)
     if isinstance(first, (str, PIL.Image.Image)):
         _check_types(values, str if isinstance(first, str) else PIL.Image.Image, what)
         return values
@@ -97,9 +96,13 @@ def _batch_inputs(values: list[Any], what: str) -> Any:
 def _batch_targets(targets: list[Any]) -> Any:
     if all(target is None for target in targets):
         return None
-    targets = [_listed_to_tensor(target) for target in targets]
+    if isinstance(targets[0], list):
+        targets = [_listed_to_tensor(target) for target in targets]
     first = targets[0]
     if isinstance(first, Tensor):
+        if first.dim() == 0 and isinstance(stacked := _stack(targets, "target"), Tensor):
+            return stacked
+        targets = [_listed_to_tensor(target) for target in targets]
         _check_types(targets, Tensor, "target")
         shapes = {target.shape for target in targets}
         if shapes <= {(), (1,)}:
@@ -115,6 +118,17 @@ def _batch_targets(targets: list[Any]) -> Any:
         f"The target of example 0 of the batch is {_describe(first)}. "
         "Use an int, a tensor or a string; or pass your own collate_function."
     )
+
+
+def _stack(values: list[Any], what: str) -> Tensor | list[Tensor]:
+    """Stack tensors of one shape; return others as they are. The checks wait until stacking fails: it does them too."""
+    try:
+        return torch.stack(values)
+    except (TypeError, RuntimeError):
+        _check_types(values, Tensor, what)
+        if _same_shape(values):
+            raise
+        return values
 
 
 def _batch_numbers(values: list[Any], what: str) -> Tensor:
