@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "iris_hf"
 
 LAYERS = [
     {"errors", "types", "_version"},
+    {"losses"},
     {"data", "models", "metrics"},
     {"engine"},
     {"training", "inference", "export"},

@@ -1,0 +1,105 @@
+"""What a loss over several processes needs of torch.distributed: rows of uneven shards, gathered and scattered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from iris_hf.errors import DataError
+
+Group = dist.ProcessGroup
+
+
+def world_group() -> Group | None:
+    """Return the group of all processes, or None where there is just one."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the rows of a tensor are spread over the processes of a group.
+
+    Attributes:
+        counts: Rows on each process.
+        rank: This process.
+        group: The processes; None for one alone.
+    """
+
+    counts: tuple[int, ...]
+    rank: int
+    group: Group | None
+
+    @classmethod
+    def of(cls, features: Tensor, group: Group | None) -> Rows:
+        """Learn from all processes how many rows they hold.
+
+        Raises:
+            DataError: On every process, if the features `[rows, d]` differ in d.
+        """
+        if group is None:
+            return cls((len(features),), 0, None)
+        own = torch.tensor([features.shape], device=features.device)
+        shapes = own.new_empty(group.size(), 2)
+        dist.all_gather_into_tensor(shapes, own, group=group)
+        counts, dims = (tuple(column) for column in shapes.T.tolist())
+        if len(set(dims)) > 1:
+            raise DataError(f"The features have {', '.join(map(str, dims))} dimensions on ranks 0 to {len(dims) - 1}.")
+        return cls(counts, dist.get_rank(group), group)
+
+    @property
+    def total(self) -> int:
+        """Rows of all processes together."""
+        return sum(self.counts)
+
+    @property
+    def offset(self) -> int:
+        """Rows of the processes before this one."""
+        return sum(self.counts[: self.rank])
+
+    @property
+    def own(self) -> slice:
+        """This process's rows among all."""
+        return slice(self.offset, self.offset + self.counts[self.rank])
+
+    def gather(self, local: Tensor) -> Tensor:
+        """Return the rows `[total, ...]` of all processes, given this one's. Not differentiable."""
+        if self.group is None:
+            return local
+        longest = max(self.counts)
+        padded = local.new_zeros(longest, *local.shape[1:])
+        padded[: len(local)] = local
+        blocks = local.new_empty(len(self.counts) * longest, *local.shape[1:])
+        dist.all_gather_into_tensor(blocks, padded, group=self.group)
+        if min(self.counts) == longest:
+            return blocks
+        return torch.cat([block[:n] for block, n in zip(torch.split(blocks, longest), self.counts, strict=True)])
+
+    def reduce_scatter(self, partial: Tensor) -> Tensor:
+        """Sum partial results `[total, ...]` over the processes; return this one's rows of the sum."""
+        if self.group is None:
+            return partial
+        longest = max(self.counts)
+        if min(self.counts) < longest:
+            padded = partial.new_zeros(len(self.counts), longest, *partial.shape[1:])
+            for block, rows in zip(padded, torch.split(partial, self.counts), strict=True):
+                block[: len(rows)] = rows
+            partial = padded.flatten(0, 1)
+        own = partial.new_empty(longest, *partial.shape[1:])
+        dist.reduce_scatter_tensor(own, partial, group=self.group)
+        return own[: self.counts[self.rank]]
+
+    def reduce(self, value: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """Reduce a tensor over the processes, in place, and return it."""
+        if self.group is not None:
+            dist.all_reduce(value, op, group=self.group)
+        return value
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return len(self.counts)
