@@ -86,7 +86,7 @@ class Rows:
         longest = max(self.counts)
         if min(self.counts) < longest:
             padded = partial.new_zeros(len(self.counts), longest, *partial.shape[1:])
-            for block, rows in zip(padded, torch.split(partial, self.counts), strict=True):
+            for block, rows in zip(padded, torch.split(partial, list(self.counts)), strict=True):
                 block[: len(rows)] = rows
             partial = padded.flatten(0, 1)
         own = partial.new_empty(longest, *partial.shape[1:])
