@@ -101,6 +101,36 @@ class ImageDetector(nn.Module):
             and y0 < y1 (a box outside the image is dropped), the most probable first.
         """
         output, scale = self._run(inputs)
+        rows = self._best_boxes(output, scale)
+        dropped = rows[..., 1] < self.score_threshold  # not-a-number stays, so that it is noticed
+        return [row[~drop] for row, drop in zip(rows, dropped, strict=True)]
+
+    def detect(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Find objects in images of one size, by operations on tensors alone, so that it can be exported.
+
+        Args:
+            images: `[N, 3, H, W]` in [0, 1].
+
+        Returns:
+            The network's `logits` `[N, Q, C]` and `pred_boxes` `[N, Q, 4]` (cx, cy, w, h), and the best boxes
+            `[N, K, 6]` of :meth:`prediction_step`. None of them is left out; one outside the image has the
+            probability -1.
+        """
+        height, width = images.shape[2:]
+        padding = (0, -width % self._multiple, 0, -height % self._multiple)
+        mask = nn.functional.pad(torch.ones_like(images[:, 0]), padding)
+        pixels = self.normalize(nn.functional.pad(images, padding)) * mask[:, None]
+        across, down = mask[:, 0].mean(-1), mask[:, :, 0].mean(-1)
+        scale = torch.stack([across, down, across, down], -1)
+        arguments = {"pixel_mask": mask.long()} if self._takes_mask else {}
+        output = self.network(pixel_values=pixels.to(self.normalize.mean.dtype), **arguments)
+        return (
+            output.logits,
+            output.pred_boxes,
+            self._best_boxes(output, torch.ones_like(scale) if self._sees_mask else scale),
+        )
+
+    def _best_boxes(self, output: Any, scale: Tensor) -> Tensor:
         logits, boxes = output.logits.float(), output.pred_boxes.float()
         corners = torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
         corners = (corners / scale[:, None]).clamp(0, 1)
@@ -112,10 +142,8 @@ class ImageDetector(nn.Module):
         scores = scores.masked_fill(empty, -1.0)
         classes, corners = classes.expand_as(scores), corners[:, :, None].expand(*scores.shape, 4)
         rows = torch.cat([classes[..., None].to(scores.dtype), scores[..., None], corners], -1).flatten(1, 2)
-        best, chosen = scores.flatten(1).topk(min(self.max_detections, rows.shape[1]))
-        rows = rows.gather(1, chosen[..., None].expand(-1, -1, 6))
-        dropped = best < self.score_threshold  # not-a-number stays, so that it is noticed
-        return [row[~drop] for row, drop in zip(rows, dropped, strict=True)]
+        _, chosen = scores.flatten(1).topk(min(self.max_detections, rows.shape[1]))
+        return rows.gather(1, chosen[..., None].expand(-1, -1, 6))
 
     def _run(self, images: ImageBatch, targets: Sequence[Tensor] | None = None) -> tuple[Any, Tensor]:
         """Run the network; also give, for each image, what relative boxes (x, y, x, y) are to be multiplied by."""

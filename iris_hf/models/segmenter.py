@@ -96,13 +96,24 @@ class ImageSegmenter(nn.Module):
             images of different sizes a list of `[num_classes, H, W]`.
         """
         batch, sizes = self._batch(inputs)
-        logits = self.network(pixel_values=self.normalize(batch)).logits.float()
-        logits = nn.functional.interpolate(logits, size=batch.shape[2:], mode="bilinear", align_corners=False)
-        classes = logits.argmax(1, keepdim=True)
-        masks = torch.zeros_like(logits, dtype=torch.uint8).scatter_(1, classes, 1)
+        masks = _most_probable(_resize(self.network(pixel_values=self.normalize(batch)).logits, batch))
         if len(set(sizes)) == 1:
             return masks[..., : sizes[0][0], : sizes[0][1]]
         return [mask[:, :h, :w] for mask, (h, w) in zip(masks, sizes, strict=True)]
+
+    def segment(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Segment images of one size, by operations on tensors alone, so that it can be exported.
+
+        Args:
+            images: `[N, 3, H, W]` in [0, 1].
+
+        Returns:
+            The network's logits `[N, num_classes, h, w]`; the probabilities `[N, num_classes, H, W]`, which sum to 1
+            over the classes; and the masks 0/1 (uint8) of :meth:`prediction_step`, `[N, num_classes, H, W]`.
+        """
+        logits: Tensor = self.network(pixel_values=self.normalize(images)).logits
+        resized = _resize(logits, images)
+        return logits, resized.softmax(1), _most_probable(resized)
 
     def _batch(self, images: ImageBatch) -> tuple[Tensor, list[tuple[int, int]]]:
         if self.image_spec.variable_size:
@@ -110,3 +121,12 @@ class ImageSegmenter(nn.Module):
             return batch, sizes
         batch = stack_images(images)
         return batch, [(batch.shape[2], batch.shape[3])] * len(batch)
+
+
+def _resize(logits: Tensor, images: Tensor) -> Tensor:
+    return nn.functional.interpolate(logits.float(), size=images.shape[2:], mode="bilinear", align_corners=False)
+
+
+def _most_probable(logits: Tensor) -> Tensor:
+    """Masks 0/1 (uint8) of the class with the largest logit."""
+    return torch.zeros_like(logits, dtype=torch.uint8).scatter_(1, logits.argmax(1, keepdim=True), 1)

@@ -1,0 +1,177 @@
+"""The proof of an export: ONNX Runtime and torch side by side, at several batch sizes and image sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iris_hf.errors import ConfigError
+from iris_hf.export.examples import Batch
+from iris_hf.export.graph import Graph
+from iris_hf.models.detector import ImageDetector
+
+TOLERANCES = {"fp32": 1e-4, "fp16": 5e-2, "int8": None}
+"""Largest error allowed, as a multiple of the largest absolute value of the output where that exceeds 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Inputs of one batch size and image size, and what the model gives for them.
+
+    Attributes:
+        inputs: Named tensors.
+        outputs: What the graph gives in torch.
+        prediction: What the model's prediction step gives.
+    """
+
+    inputs: Batch
+    outputs: Batch
+    prediction: Any
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.inputs.items())
+        return f"for the inputs {shapes}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How far ONNX Runtime is from torch.
+
+    Attributes:
+        errors: Largest absolute difference for each output, over all cases. For `masks` it is the probability that
+            separates the chosen class from the most probable one, for `detections` the distance to the nearest box
+            that the model gives.
+        agreement: Fraction of predictions whose decision is the same, in [0, 1]: the most probable class, or for
+            multilabel which classes exceed 0.5. None where the graph gives no probabilities.
+    """
+
+    errors: dict[str, float]
+    agreement: float | None
+
+
+def make_session(model: bytes | Path, *, num_threads: int | None = None, providers: Sequence[str] | None = None) -> Any:
+    """Open an ONNX model in ONNX Runtime.
+
+    Args:
+        model: The bytes, or the file.
+        num_threads: Threads within an operation; as many as torch uses when None.
+        providers: Execution providers of ONNX Runtime, in order of preference; CUDA where ONNX Runtime has it, and
+            the CPU, when None.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads() if num_threads is None else num_threads
+    options.log_severity_level = 3
+    if providers is None:
+        available = onnxruntime.get_available_providers()
+        providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=list(providers))
+
+
+def run_session(session: Any, inputs: Batch) -> Batch:
+    """Run a session on named tensors, and give its outputs by name, on the CPU."""
+    wanted = {i.name for i in session.get_inputs()}
+    feeds = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items() if name in wanted}
+    names = [o.name for o in session.get_outputs()]
+    # Scalars come as NumPy scalars rather than arrays.
+    return {n: torch.as_tensor(v).clone() for n, v in zip(names, session.run(names, feeds), strict=True)}
+
+
+def compare(graph: Graph, file: Path, cases: Sequence[Case], *, precision: str, tolerance: float | None) -> Comparison:
+    """Compare an ONNX file with the model that it was made of.
+
+    Raises:
+        ConfigError: If ONNX Runtime cannot run it for one of the cases, or an output differs by more than the
+            tolerance; the message names output, error and case.
+    """
+    try:
+        session = make_session(file, num_threads=1, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ConfigError(f"ONNX Runtime does not take the {precision} graph: {error}") from error
+    errors = dict.fromkeys(graph.output_names, 0.0)
+    agreements: list[Tensor] = []
+    for case in cases:
+        try:
+            got = run_session(session, case.inputs)
+        except Exception as error:
+            raise ConfigError(f"The {precision} graph fails {case}: {error} {_advice(graph)}") from error
+        for name in graph.output_names:
+            error, scale = _distance(graph, name, case, got)
+            errors[name] = max(errors[name], error)
+            if tolerance is None and error == error and error != float("inf"):
+                continue
+            if tolerance is None or not error <= tolerance * scale:
+                raise ConfigError(
+                    f"The {precision} graph differs from the model: output {name!r} by {error:.3g} {case}; allowed is "
+                    f"{(tolerance or 0) * scale:.3g}. {_advice(graph)}"
+                )
+        agreements += _agreements(graph, case, got)
+    share = torch.cat(agreements).float().mean().item() if agreements else None
+    return Comparison(errors, share)
+
+
+def _distance(graph: Graph, name: str, case: Case, got: Batch) -> tuple[float, float]:
+    """The error of one output and the scale of its values, at least 1."""
+    expected, actual = case.outputs[name], got[name]
+    if expected.shape != actual.shape:
+        return float("inf"), 1.0
+    if isinstance(graph.model, ImageDetector) and name == "detections":
+        return _distance_of_boxes(graph.model, case, actual), 1.0
+    if name == "masks" and "probabilities" in case.outputs:
+        probabilities = case.outputs["probabilities"]
+        chosen = (probabilities * actual).sum(1)
+        is_one_class = bool((actual.sum(1) == 1).all())
+        return float((probabilities.amax(1) - chosen).max()) if is_one_class else float("inf"), 1.0
+    if not expected.is_floating_point():
+        return float((expected.double() - actual.double()).abs().max()) if expected.numel() else 0.0, 1.0
+    a, b = expected.double(), actual.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=float("inf"))
+    finite = a[a.isfinite()].abs()
+    scale = max(1.0, float(finite.max())) if finite.numel() else 1.0
+    return float(difference.max()) if difference.numel() else 0.0, scale
+
+
+def _distance_of_boxes(detector: ImageDetector, case: Case, actual: Tensor) -> float:
+    """How far detections are from the model's own, in whatever order: near ties change places.
+
+    Probabilities are compared in order; each box with the nearest of its class and probability.
+    """
+    worst = 0.0
+    for rows, all_boxes in zip(actual.double(), case.prediction, strict=True):
+        boxes = all_boxes.double()
+        scores = rows[:, 1].sort(descending=True).values
+        count = min(len(scores), len(boxes))
+        best = boxes[:, 1].sort(descending=True).values[:count]
+        worst = max([worst, *(scores[:count] - best).abs().tolist()])
+        found = rows[rows[:, 1] >= 0]
+        if len(found) > len(boxes):
+            return float("inf")
+        if len(found):
+            distance = (found[:, None, 1:] - boxes[None, :, 1:]).abs().amax(-1)
+            distance = distance.masked_fill(found[:, None, 0] != boxes[None, :, 0], float("inf"))
+            worst = max(worst, float(distance.amin(1).max()))
+    return worst
+
+
+def _agreements(graph: Graph, case: Case, got: Batch) -> list[Tensor]:
+    expected, actual = case.outputs.get("probabilities"), got.get("probabilities")
+    if expected is None or actual is None or expected.ndim < 2:
+        return []
+    if getattr(graph.model, "target_type", None) == "multilabel":
+        return [((expected > 0.5) == (actual > 0.5)).flatten()]
+    return [(expected.argmax(1) == actual.argmax(1)).flatten()]
+
+
+def _advice(graph: Graph) -> str:
+    return (
+        f"Look in {type(graph.model).__name__} for Python numbers made of tensors or shapes, such as int(x.shape[0]): "
+        "they are written down as constants. If only the image size is at fault, pass dynamic_size=False."
+    )

@@ -1,0 +1,131 @@
+"""The folder of an export: what ONNX Runtime's model classes, `pipeline` and iris_hf load."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from iris_hf.errors import DataError
+from iris_hf.export.examples import image_spec_of
+from iris_hf.export.graph import Graph
+from iris_hf.models.image_spec import ImageSpec
+
+if TYPE_CHECKING:
+    from iris_hf.export.onnx import OnnxExport
+
+MODEL_FILE, DESCRIPTION_FILE, LABELS_FILE, FORMAT = "model.onnx", "iris_hf_onnx.json", "labels.json", 1
+
+
+def write_folder(export: OnnxExport, graph: Graph, model: nn.Module, folder: Path) -> None:
+    """Write an export into a folder, all of it or nothing.
+
+    Files: `model.onnx`; `config.json` with the names of the classes, as transformers has it;
+    `preprocessor_config.json`, which resizes and scales to [0, 1] but does not normalise, as the graph does that;
+    `labels.json`; and `iris_hf_onnx.json`, from which :func:`iris_hf.export.runtime.load_onnx` knows what the tensors
+    mean.
+
+    Args:
+        export: What to write.
+        graph: The graph that was exported.
+        model: The model it was made of.
+        folder: Made if absent. Files of these names are replaced.
+    """
+    spec = image_spec_of(model)
+    names = getattr(model, "class_names", None)
+    description = {
+        "format": FORMAT,
+        "inputs": graph.input_layout,
+        "prediction": graph.prediction,
+        "target_type": getattr(model, "target_type", None),
+        "num_classes": getattr(model, "num_classes", None),
+        "class_names": names,
+        "tokenizer_name": getattr(model, "tokenizer_name", None),
+        "image_spec": None if spec is None else dataclasses.asdict(_without_normalisation(spec)),
+        "dynamic_size": export.dynamic_size,
+        "precision": export.precision,
+        "errors": dict(export.errors),
+        "agreement": export.agreement,
+        "exporter": export.exporter,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as workplace:
+        aside = Path(workplace)
+        (aside / MODEL_FILE).write_bytes(export.data)
+        (aside / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        if names is not None:
+            (aside / LABELS_FILE).write_text(json.dumps(list(names), indent=2) + "\n", encoding="utf-8")
+        _make_config(model, names).save_pretrained(aside)
+        if spec is not None:
+            _save_preprocessor(model, spec, aside)
+        for name in (MODEL_FILE, DESCRIPTION_FILE, LABELS_FILE, "config.json", "preprocessor_config.json"):
+            (folder / name).unlink(missing_ok=True)
+        for file in aside.iterdir():
+            file.replace(folder / file.name)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Read what :func:`write_folder` wrote of a model.
+
+    Raises:
+        DataError: If the folder holds no export of iris_hf, or one of another format.
+    """
+    for name in (MODEL_FILE, DESCRIPTION_FILE):
+        if not (folder / name).is_file():
+            raise DataError(f"{str(folder)!r} holds no {name}. Export a model there: export_onnx(model, folder=...).")
+    file = folder / DESCRIPTION_FILE
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{str(file)!r} is no JSON: {error}") from error
+    if not isinstance(description, dict) or not {"inputs", "prediction"} <= description.keys():
+        raise DataError(f"{str(file)!r} does not describe an ONNX model: it needs inputs and prediction.")
+    if description.get("format") != FORMAT:
+        raise DataError(
+            f"{str(file)!r} has the format {description.get('format')!r}, this iris_hf reads {FORMAT}. Update it."
+        )
+    return description
+
+
+def _without_normalisation(spec: ImageSpec) -> ImageSpec:
+    """What is left to do outside the graph."""
+    return dataclasses.replace(spec, mean=(0.0,) * 3, std=(1.0,) * 3, channels="rgb")
+
+
+def _make_config(model: nn.Module, names: list[str] | None) -> Any:
+    """The configuration of the transformers model within, or one that ONNX Runtime's classes take for any network."""
+    from transformers import TimmWrapperConfig
+
+    from iris_hf.models.sources.transformers import hf_network
+
+    network = hf_network(model)
+    if network is not None:
+        config = copy.deepcopy(network.config)
+    else:
+        config = TimmWrapperConfig(architecture=type(model).__name__)
+    if names is None:
+        count = getattr(model, "num_classes", None)
+        names = [f"LABEL_{i}" for i in range(count)] if count else None
+    if names is not None:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
+    config.problem_type = {
+        "multiclass": "single_label_classification",
+        "multilabel": "multi_label_classification",
+    }.get(str(getattr(model, "target_type", None)))
+    return config
+
+
+def _save_preprocessor(model: nn.Module, spec: ImageSpec, folder: Path) -> None:
+    from iris_hf.models.sources.transformers import save_image_processor
+
+    stand_in: Any = copy.copy(model)  # shares the weights; only its own attributes change
+    stand_in.__dict__.pop("_image_processor", None)
+    stand_in.image_spec = _without_normalisation(spec)
+    stand_in.target_type = getattr(model, "target_type", None)
+    save_image_processor(stand_in, folder)

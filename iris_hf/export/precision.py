@@ -1,0 +1,61 @@
+"""Smaller ONNX files: half precision, and dynamic 8-bit integers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from iris_hf.errors import ConfigError
+from iris_hf.export.exporters import quiet
+
+_QUANTIZED = ["MatMul", "Gemm"]
+
+
+def convert(file: Path, precision: str) -> None:
+    """Convert a float32 ONNX file in place. Inputs and outputs stay float32.
+
+    Args:
+        file: The ONNX file.
+        precision: `fp16`, or `int8`: weights of matrix products are integers, and their inputs become so while the
+            model runs. Convolutions stay float32, since dynamic integers make them slower.
+
+    Raises:
+        ConfigError: If there is nothing to convert.
+    """
+    with quiet():
+        if precision == "fp16":
+            _convert_to_fp16(file)
+        elif precision == "int8":
+            _quantize(file)
+
+
+def _convert_to_fp16(file: Path) -> None:
+    import onnx
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    model = onnx.load(str(file))
+    half = convert_float_to_float16(model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, "Resize"])
+    onnx.save(half, str(file))
+
+
+def _quantize(file: Path) -> None:
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    operators = {node.op_type for node in onnx.load(str(file)).graph.node}
+    if not operators & set(_QUANTIZED):
+        raise ConfigError(
+            f"precision='int8' converts {' and '.join(_QUANTIZED)}, and the model has neither. Use 'fp16'."
+        )
+    try:
+        from optimum.onnxruntime import ORTQuantizer
+        from optimum.onnxruntime.configuration import AutoQuantizationConfig
+        from transformers import PretrainedConfig
+    except ImportError:
+        target = file.with_name("quantized.onnx")
+        quantize_dynamic(file, target, op_types_to_quantize=_QUANTIZED, per_channel=False, weight_type=QuantType.QUInt8)
+        target.replace(file)
+        return
+    settings = AutoQuantizationConfig.avx2(is_static=False, per_channel=False, operators_to_quantize=_QUANTIZED)
+    folder = file.parent / "quantized"
+    ORTQuantizer(file, config=PretrainedConfig()).quantize(settings, save_dir=folder, file_suffix="")
+    (folder / file.name).replace(file)

@@ -1,0 +1,128 @@
+"""An exported folder as a model: predictions by ONNX Runtime behind the model interface."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iris_hf.errors import DataError, MissingDependencyError
+from iris_hf.export.check import make_session, run_session
+from iris_hf.export.examples import Batch, split_inputs
+from iris_hf.export.folder import MODEL_FILE, read_description
+from iris_hf.export.structure import rebuild
+from iris_hf.models.image_spec import ImageSpec
+
+
+class OnnxModel(nn.Module):
+    """An exported model that predicts with ONNX Runtime. Made by :func:`load_onnx`.
+
+    It holds the bytes of the file beside the session, so it can be pickled and copied: the copy opens a session of its
+    own. Threads share one. It has no parameters.
+
+    Attributes:
+        target_type: As the model's.
+        num_classes: As the model's.
+        class_names: As the model's.
+        image_spec: The images it takes, without normalisation, or None.
+        tokenizer_name: As the model's.
+        dynamic_size: Whether it takes images of any size.
+    """
+
+    def __init__(
+        self,
+        data: bytes,
+        description: Mapping[str, Any],
+        *,
+        num_threads: int | None = None,
+        providers: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.target_type = description.get("target_type")
+        self.num_classes = description.get("num_classes")
+        self.class_names = description.get("class_names")
+        self.tokenizer_name = description.get("tokenizer_name")
+        self.dynamic_size = bool(description.get("dynamic_size"))
+        spec = description.get("image_spec")
+        self.image_spec = None if spec is None else ImageSpec(**spec)
+        self._data = data
+        self._prediction = dict(description["prediction"])
+        self._options = {"num_threads": num_threads, "providers": providers}
+        self._session = make_session(data, **self._options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_session": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_session": make_session(state["_data"], **state["_options"])})
+
+    def forward(self, inputs: Any) -> Batch:
+        """Give all outputs of the graph by name, for a batch of what the model took.
+
+        Raises:
+            DataError: If the inputs don't fit the graph; the message names the input, and what the graph takes.
+        """
+        if isinstance(inputs, list) and inputs and all(isinstance(i, Tensor) for i in inputs):
+            inputs = torch.stack(inputs)
+        batch, _ = split_inputs(inputs)
+        device = next(iter(batch.values())).device
+        self._check(batch)
+        return {name: tensor.to(device) for name, tensor in run_session(self._session, batch).items()}
+
+    def prediction_step(self, inputs: Any) -> Any:
+        """Give what the model's own prediction step gave.
+
+        Args:
+            inputs: A batch of what the model took. A list of images of several sizes is run one by one.
+        """
+        if isinstance(inputs, list) and len({getattr(i, "shape", None) for i in inputs}) > 1:
+            return [self.prediction_step(image[None])[0] for image in inputs]
+        outputs = self(inputs)
+        if "boxes" in self._prediction:
+            threshold = max(0.0, self._prediction["score_threshold"])
+            return [rows[~(rows[:, 1] < threshold)] for rows in outputs[self._prediction["boxes"]]]
+        return rebuild(self._prediction["layout"], outputs)
+
+    def _check(self, batch: Batch) -> None:
+        taken = {i.name: i for i in self._session.get_inputs()}
+        for name, graph_input in taken.items():
+            if name not in batch:
+                raise DataError(f"The graph takes {', '.join(taken)}, and the inputs are {', '.join(batch)}.")
+            shape = tuple(batch[name].shape)
+            fits = len(shape) == len(graph_input.shape) and all(
+                isinstance(wanted, str) or wanted is None or wanted == got
+                for wanted, got in zip(graph_input.shape, shape, strict=True)
+            )
+            if not fits:
+                wanted = ", ".join(map(str, graph_input.shape))
+                raise DataError(f"The graph takes {name} of the shape [{wanted}], got {list(shape)}.")
+
+
+def load_onnx(
+    folder: str | Path, *, num_threads: int | None = None, providers: Sequence[str] | None = None
+) -> OnnxModel:
+    """Load a folder of :func:`iris_hf.export.onnx.export_onnx` as a model that `predict` takes.
+
+    Args:
+        folder: Holds model.onnx and iris_hf_onnx.json.
+        num_threads: Threads within an operation; as many as torch uses when None.
+        providers: Execution providers of ONNX Runtime, in order of preference; CUDA where ONNX Runtime has it, and
+            the CPU, when None.
+
+    Raises:
+        DataError: If the folder holds no export, or ONNX Runtime cannot read it.
+        MissingDependencyError: If ONNX Runtime is missing.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise MissingDependencyError("load_onnx needs onnxruntime: pip install 'iris-hf[onnx]'.")
+    path = Path(folder)
+    description = read_description(path)
+    data = (path / MODEL_FILE).read_bytes()
+    try:
+        return OnnxModel(data, description, num_threads=num_threads, providers=providers)
+    except Exception as error:
+        raise DataError(f"ONNX Runtime cannot read {str(path / MODEL_FILE)!r}: {error}") from error

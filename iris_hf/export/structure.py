@@ -1,0 +1,70 @@
+"""Nested inputs and outputs as named tensors, and back: an ONNX graph knows nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from iris_hf.errors import ConfigError
+
+Layout = Any
+"""How tensors are nested, in JSON: a name, or layouts as `{"list": [...]}`, `{"tuple": [...]}` or `{"dict": {...}}`."""
+
+NameLeaf = Callable[[tuple[str | int, ...], Tensor], str]
+"""The path of a tensor in a nested value, and the tensor -> its name."""
+
+
+def flatten(value: Any, name_leaf: NameLeaf, path: tuple[str | int, ...] = ()) -> tuple[dict[str, Tensor], Layout]:
+    """Take a nested value apart.
+
+    Args:
+        value: Tensors in dicts (outputs of transformers are such), tuples and lists. None is left out.
+        name_leaf: Names a tensor; a name that is taken gets a number behind it.
+        path: Where the value is in an outer one.
+
+    Returns:
+        The tensors by name, and the layout from which :func:`rebuild` makes the value again.
+
+    Raises:
+        ConfigError: If there is anything else than tensors.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def visit(value: Any, path: tuple[str | int, ...]) -> Layout:
+        if isinstance(value, Tensor):
+            name = _free_name(name_leaf(path, value), tensors)
+            tensors[name] = value
+            return name
+        if isinstance(value, Mapping):
+            return {"dict": {str(k): visit(v, (*path, str(k))) for k, v in value.items() if v is not None}}
+        if hasattr(value, "_fields"):
+            return {"dict": {k: visit(getattr(value, k), (*path, k)) for k in value._fields}}
+        if isinstance(value, list | tuple):
+            kind = "tuple" if isinstance(value, tuple) else "list"
+            return {kind: [visit(v, (*path, i)) for i, v in enumerate(value)]}
+        where = "".join(f"[{p!r}]" for p in path)
+        raise ConfigError(f"An ONNX graph takes and gives tensors only; here is a {type(value).__name__} {where}.")
+
+    layout = visit(value, path)
+    return tensors, layout
+
+
+def rebuild(layout: Layout, tensors: Mapping[str, Any]) -> Any:
+    """Nest named tensors as a layout tells."""
+    if isinstance(layout, str):
+        return tensors[layout]
+    ((kind, items),) = layout.items()
+    if kind == "dict":
+        return {key: rebuild(item, tensors) for key, item in items.items()}
+    nested = [rebuild(item, tensors) for item in items]
+    return tuple(nested) if kind == "tuple" else nested
+
+
+def _free_name(name: str, taken: Mapping[str, Any]) -> str:
+    number = 2
+    free = name
+    while free in taken:
+        free, number = f"{name}_{number}", number + 1
+    return free

@@ -1,0 +1,125 @@
+"""Models for tests of the export, beside the families of the models' tests."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+
+from iris_hf.models.classifier import ImageClassifier, append_classifier
+from iris_hf.models.sources.timm import create_timm_model
+
+
+def _has(*names: str) -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in names)
+
+
+HAS_RUNTIME = _has("onnx", "onnxruntime")
+HAS_OPTIMUM = HAS_RUNTIME and _has("optimum") and _has("optimum.onnxruntime")
+"""True on the transformers 4 line."""
+HAS_EXPORTER = HAS_RUNTIME and (HAS_OPTIMUM or _has("onnxscript"))
+
+
+class Stepped(nn.Module):
+    """A user's own model: a prediction step over a forward that gives logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 3)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.dropout(self.norm(self.conv(images)).relu().mean((2, 3))))
+
+    def prediction_step(self, images: torch.Tensor) -> torch.Tensor:
+        return self(images).softmax(1)
+
+
+class Baked(Stepped):
+    """Its forward holds on to the batch size it was traced with."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.norm(self.conv(images)).relu().reshape(int(images.shape[0]), 4, -1)
+        return self.head(features.mean(2))
+
+
+class Sampled(Stepped):
+    """Its forward turns a value of the inputs into a Python number."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images) * float(images.max() * 10 + images.mean())
+
+
+class Listing(Stepped):
+    """Its prediction step gives a list with an item per image."""
+
+    def prediction_step(self, images: torch.Tensor) -> Any:
+        return list(self(images).softmax(1))
+
+
+class Naming(Stepped):
+    """Its prediction step gives a dict with a tuple in it."""
+
+    def prediction_step(self, images: torch.Tensor) -> Any:
+        logits = self(images)
+        return {"classes": logits.argmax(1), "best": (logits.amax(1), logits)}
+
+
+class TokenTower(nn.Module):
+    """A text tower that takes a tensor of tokens."""
+
+    context_length = 7
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(50, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.encoder(self.embedding(tokens)).mean(1)
+
+
+class MaskedTower(nn.Module):
+    """A text tower that takes a dict of tokens and mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(50, 8)
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        mask = inputs["attention_mask"][..., None]
+        return (self.embedding(inputs["input_ids"]) * mask).sum(1) / mask.sum(1)
+
+
+class Pair(nn.Module):
+    """Two towers: (images, tokens) -> features of both and the scale."""
+
+    target_type = "image_text"
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image_model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.text_model = TokenTower()
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        images = nn.functional.normalize(self.image_model(inputs[0]), dim=-1)
+        texts = nn.functional.normalize(self.text_model(inputs[1]), dim=-1)
+        return images, texts, self.logit_scale.exp()
+
+
+def zero_shot() -> ImageClassifier:
+    """A zero-shot classifier: a plain linear layer of text features behind an encoder."""
+    torch.manual_seed(0)
+    encoder = create_timm_model("resnet10t")
+    layer = nn.Linear(512, 4, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(nn.functional.normalize(layer.weight, dim=1) * 14)
+    return append_classifier(encoder, layer, task_type="multiclass_classification")

@@ -1,0 +1,296 @@
+"""Every export is what the model is, or an error."""
+
+import importlib.util
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from models.families import FAMILIES, TOWERS, make
+from onnx_models import (
+    HAS_EXPORTER,
+    HAS_OPTIMUM,
+    Baked,
+    Listing,
+    MaskedTower,
+    Naming,
+    Pair,
+    Sampled,
+    Stepped,
+    TokenTower,
+    zero_shot,
+)
+from torch import nn
+
+from iris_hf.errors import ConfigError, MissingDependencyError
+from iris_hf.export.onnx import export_onnx, export_onnx_model
+from iris_hf.export.runtime import load_onnx
+
+pytestmark = pytest.mark.skipif(not HAS_EXPORTER, reason="the packages of the extra onnx are not installed")
+
+
+def open_session(data: bytes):
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+
+
+def run(data: bytes, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Run ONNX Runtime as any user of the file would."""
+    session = open_session(data)
+    values = session.run(None, {k: v.numpy() for k, v in inputs.items()})
+    return {o.name: torch.as_tensor(v) for o, v in zip(session.get_outputs(), values, strict=True)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_exports_and_predicts_the_same(name, tmp_path):
+    model = make(name)
+    size, target_type = FAMILIES[name].size, FAMILIES[name].target_type
+    export = export_onnx_model(model, input_size=size, folder=tmp_path)
+    assert export.max_error <= 1e-5
+    assert "logits" in export.output_names
+    assert export.exporter == ("optimum" if HAS_OPTIMUM else "torch")
+    model.eval()
+    loaded = load_onnx(tmp_path)
+    for height, width in [(size, size), (size + 64, size + 32)][: 1 + export.dynamic_size]:
+        images = torch.rand(3, 3, height, width, generator=torch.Generator().manual_seed(height))
+        with torch.no_grad():
+            expected = model.prediction_step(images)
+        predicted = loaded.prediction_step(images)
+        if target_type == "detection":
+            for rows, wanted in zip(predicted, expected, strict=True):
+                assert rows.shape == wanted.shape
+                torch.testing.assert_close(rows[:, 1], wanted[:, 1], atol=1e-5, rtol=0)
+                closest = (rows[:, None] - wanted[None]).abs().amax(2).amin(1)  # near ties may change places
+                assert closest.max() < 1e-4
+        elif target_type == "segmentation":
+            assert predicted.dtype == torch.uint8
+            assert (predicted != expected).float().mean() < 1e-3  # a pixel with two equal classes may go either way
+        else:
+            torch.testing.assert_close(predicted, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_export(name):
+    model = make(name).eval()
+    towers = [model.image_model, model.text_model, model] if name == "open_clip" else [model]
+    for tower in towers:
+        export = export_onnx_model(tower, input_size=32)
+        assert export.max_error <= 1e-5
+    names = ("image_features", "text_features", "logit_scale") if name == "open_clip" else ("features",)
+    assert export.output_names == names
+
+
+def test_the_graph_normalises_and_takes_any_batch_size():
+    model = make("timm-resnet").eval()
+    data = export_onnx(model, input_size=32)
+    assert isinstance(data, bytes)
+    images = torch.rand(7, 3, 32, 32)
+    outputs = run(data, pixel_values=images)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs["probabilities"], model.prediction_step(images), atol=1e-5, rtol=0)
+        torch.testing.assert_close(outputs["logits"], model(images), atol=1e-5, rtol=1e-5)
+
+
+def test_the_model_stays_as_it_is():
+    model = make("hf-vit").train()
+    model.network.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    state = torch.get_rng_state()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    export_onnx(model)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(m._forward_hooks for m in model.modules())
+    assert torch.backends.mha.get_fastpath_enabled() == fast_path
+
+
+def test_a_model_of_one_size_is_exported_at_that_size():
+    session = open_session(export_onnx(make("hf-vit")))
+    assert session.get_inputs()[0].shape[1:] == [3, 32, 32]
+    with pytest.raises(ConfigError, match=r"takes images of 32 x 32 \(height x width\) only, and input_size is 64"):
+        export_onnx(make("hf-vit"), input_size=64)
+
+
+def test_any_module_with_a_step_or_forward_exports():
+    images = torch.rand(3, 3, 16, 16)
+    model = Stepped().eval()
+    outputs = run(export_onnx(model, input_size=16), pixel_values=images)
+    assert sorted(outputs) == ["logits", "probabilities"]
+    with torch.no_grad():
+        torch.testing.assert_close(outputs["probabilities"], model.prediction_step(images), atol=1e-6, rtol=0)
+        plain = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 14 * 14, 3), nn.Softmax(1)).eval()
+        outputs = run(export_onnx(plain, input_size=16), pixel_values=images)
+        torch.testing.assert_close(outputs["predictions"], plain(images), atol=1e-6, rtol=0)
+
+
+def test_nested_predictions_come_back_nested(tmp_path):
+    model = Naming().eval()
+    export_onnx(model, input_size=16, folder=tmp_path)
+    images = torch.rand(4, 3, 16, 16)
+    with torch.no_grad():
+        expected = model.prediction_step(images)
+    predicted = load_onnx(tmp_path).prediction_step(images)
+    assert torch.equal(predicted["classes"], expected["classes"])
+    for a, b in zip(predicted["best"], expected["best"], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_text_towers_take_tokens_or_a_dict(tmp_path):
+    tower = TokenTower().eval()
+    export_onnx(tower, folder=tmp_path / "tokens")
+    tokens = torch.randint(50, (3, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(load_onnx(tmp_path / "tokens").prediction_step(tokens), tower(tokens))
+
+    masked = MaskedTower().eval()
+    inputs = {"input_ids": torch.randint(50, (2, 5)), "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1] * 5])}
+    with pytest.raises(ConfigError, match=r"Nothing tells what tokens MaskedTower takes. Pass example_inputs"):
+        export_onnx(masked)
+    export_onnx(masked, inputs, folder=tmp_path / "dict")
+    longer = {name: torch.cat([t, t]) for name, t in inputs.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(load_onnx(tmp_path / "dict").prediction_step(longer), masked(longer))
+
+
+def test_pairs_of_images_and_texts_export(tmp_path):
+    model = Pair().eval()
+    export = export_onnx_model(model, input_size=16, folder=tmp_path)
+    assert export.input_names == ("pixel_values", "input_ids")
+    assert export.output_names == ("image_features", "text_features", "logit_scale")
+    pair = torch.rand(4, 3, 16, 16), torch.randint(50, (4, 7))
+    with torch.no_grad():
+        expected = model(pair)
+    predicted = load_onnx(tmp_path).prediction_step(pair)
+    assert isinstance(predicted, tuple)
+    for a, b in zip(predicted, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_zero_shot_classifiers_export():
+    model = zero_shot().eval()
+    export = export_onnx_model(model, input_size=32)
+    assert export.max_error <= 1e-5
+    layer = model.network[1]
+    features = torch.rand(3, 512)
+    torch.testing.assert_close(run(export_onnx(layer), features=features)["predictions"], layer(features).detach())
+
+
+def test_a_baked_batch_size_is_an_error(tmp_path):
+    folder = tmp_path / "model"
+    with pytest.raises(ConfigError, match=r"Baked") as caught:
+        export_onnx(Baked(), input_size=16, folder=folder)
+    if HAS_OPTIMUM:
+        assert "int(x.shape[0])" in str(caught.value)
+        assert "(1, 3, 16, 16)" in str(caught.value)
+    assert not folder.exists()
+
+
+def test_a_graph_that_differs_is_an_error_that_names_output_and_error(tmp_path):
+    folder = tmp_path / "model"
+    message = "output 'logits' by" if HAS_OPTIMUM else "cannot be exported"
+    with pytest.raises(ConfigError, match=message):
+        export_onnx(Sampled(), input_size=16, folder=folder)
+    assert not folder.exists()
+    with pytest.raises(
+        ConfigError, match=r"output 'logits' by [0-9.e-]+ for the inputs pixel_values \([125], 3, 16, 16"
+    ):
+        export_onnx(Stepped(), input_size=16, tolerance=0.0, folder=folder)
+    assert not folder.exists()
+
+
+def test_a_failed_export_leaves_an_older_one_as_it_is(tmp_path):
+    data = export_onnx(Stepped(), input_size=16, folder=tmp_path)
+    files = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ConfigError):
+        export_onnx(Baked(), input_size=16, folder=tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
+    assert files["model.onnx"] == data
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (Stepped(), {"precision": "fp8"}, "Unknown precision 'fp8'"),
+        (Stepped(), {"opset": 9}, "opset must be 18 or later, got 9"),
+        (Stepped(), {"input_size": 0}, r"input_size must be a positive number of pixels, or \[height, width\], got 0"),
+        (Stepped(), {"input_size": [32]}, "input_size must be a positive number"),
+        (Stepped(), {"tolerance": -1.0}, "tolerance must not be negative, got -1.0"),
+        (Stepped(), {"input_size": 2}, "Stepped does not run on pixel_values"),
+        (Stepped(), {"example_inputs": "cat"}, "tensors only; here is a str"),
+        (Stepped(), {"example_inputs": ()}, "example_inputs must be a batch of tensors of one length"),
+        (TokenTower(), {"dynamic_size": True}, "dynamic_size is for images, and TokenTower takes input_ids"),
+        (Listing(), {"input_size": 16}, r"Let it return a tensor \[N, ...\], not a list of N"),
+        ("a model", {}, "must be a torch.nn.Module, got str"),
+        (nn.Module(), {}, "has no forward"),
+    ],
+)
+def test_bad_input_is_named(model, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        export_onnx(model, **arguments)
+
+
+def test_a_folder_that_is_a_file_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(ConfigError, match=r"is a file. Give a folder"):
+        export_onnx(Stepped(), input_size=16, folder=tmp_path / "file")
+
+
+def test_missing_packages_name_the_extra(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else found(name, *a)
+    )
+    with pytest.raises(MissingDependencyError, match=r"onnxruntime missing: pip install 'iris-hf\[onnx\]'"):
+        export_onnx(Stepped(), input_size=16)
+
+
+def test_half_precision_is_smaller_and_close():
+    model = make("hf-vit").eval()
+    full, half = export_onnx_model(model), export_onnx_model(model, precision="fp16")
+    assert len(half.data) < 0.75 * len(full.data)
+    assert 1e-6 < half.max_error < 1e-2
+    outputs = run(half.data, pixel_values=torch.rand(2, 3, 32, 32))
+    assert {t.dtype for t in outputs.values()} == {torch.float32}
+
+
+def test_integers_are_smaller_and_their_error_is_reported():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 256), nn.ReLU(), nn.Linear(256, 10))
+    full, small = (export_onnx_model(model, input_size=16, precision=p) for p in ("fp32", "int8"))
+    assert len(small.data) < 0.3 * len(full.data)
+    images = torch.rand(2, 3, 16, 16)
+    error = (run(small.data, pixel_values=images)["predictions"] - model(images).detach()).abs().max()
+    assert 1e-5 < error < 3 * small.max_error < 0.3
+    with pytest.raises(ConfigError, match=r"The int8 graph differs from the model: output 'predictions' by"):
+        export_onnx(model, input_size=16, precision="int8", tolerance=1e-6)
+    with pytest.raises(ConfigError, match=r"the model has neither. Use 'fp16'"):
+        export_onnx(nn.Conv2d(3, 2, 3), input_size=16, precision="int8")
+
+
+def test_no_path_of_this_machine_is_in_the_file():
+    data = export_onnx(Stepped(), input_size=16)
+    assert str(Path(__file__).parents[2]).encode() not in data
+    assert b"site-packages" not in data
+
+
+def test_the_result_is_one_file_that_onnx_accepts():
+    import onnx
+
+    model = onnx.load(io.BytesIO(export_onnx(make("hf-resnet"), input_size=64, opset=20)))
+    onnx.checker.check_model(model)
+    assert next(o.version for o in model.opset_import if o.domain == "") == 20
+
+
+def test_a_size_may_be_fixed():
+    session = open_session(export_onnx(make("timm-resnet"), input_size=(32, 48), dynamic_size=False))
+    assert session.get_inputs()[0].shape[1:] == [3, 32, 48]
+
+
+def test_half_precision_models_export_in_float32():
+    model = make("timm-resnet").to(torch.bfloat16)
+    export = export_onnx_model(model, input_size=32)
+    assert export.max_error <= 1e-5
+    assert next(model.parameters()).dtype == torch.bfloat16

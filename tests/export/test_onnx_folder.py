@@ -1,0 +1,183 @@
+"""An exported folder is loaded by ONNX Runtime's model classes, by `pipeline`, and by iris_hf as a model."""
+
+import concurrent.futures
+import copy
+import json
+import pickle
+
+import PIL.Image
+import pytest
+import torch
+from models.families import FAMILIES, NAMES, make, make_batch
+from models.resnet20 import load_cifar10, load_resnet20
+from onnx_models import HAS_EXPORTER, HAS_OPTIMUM, Stepped, zero_shot
+
+import iris_hf
+from iris_hf.errors import DataError
+from iris_hf.export.onnx import export_onnx, export_onnx_model
+from iris_hf.export.runtime import load_onnx
+from iris_hf.models.transforms import create_image_transform
+
+pytestmark = pytest.mark.skipif(not HAS_EXPORTER, reason="the packages of the extra onnx are not installed")
+needs_optimum = pytest.mark.skipif(not HAS_OPTIMUM, reason="Optimum's classes for ONNX need transformers 4")
+
+PICTURE = PIL.Image.effect_noise((70, 50), 90).convert("RGB")
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.images[index], index
+
+
+@needs_optimum
+@pytest.mark.parametrize("name", ["hf-vit", "hf-vit-multilabel", "hf-swin", "timm-resnet", "append_classifier"])
+def test_pipeline_gives_the_models_probabilities(name, tmp_path):
+    from optimum.onnxruntime import ORTModelForImageClassification
+    from transformers import AutoImageProcessor, pipeline
+
+    model = make(name).eval()
+    size = FAMILIES[name].size
+    export_onnx(model, input_size=size, folder=tmp_path)
+    network = ORTModelForImageClassification.from_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
+    classify = pipeline("image-classification", model=network, image_processor=processor)
+    with torch.no_grad():
+        expected = model.prediction_step(create_image_transform(model)(PICTURE)[None])[0]
+    names = NAMES if model.class_names else [f"LABEL_{i}" for i in range(3)]
+    scores = {d["label"]: d["score"] for d in classify(PICTURE, top_k=3)}
+    assert scores == pytest.approx(dict(zip(names, expected.tolist(), strict=True)), abs=1e-5)
+
+
+@needs_optimum
+@pytest.mark.parametrize("name", ["hf-rt_detr", "hf-segformer"])
+def test_other_models_load_as_custom_tasks(name, tmp_path):
+    from optimum.onnxruntime import ORTModelForCustomTasks
+
+    model = make(name).eval()
+    export_onnx(model, input_size=64, folder=tmp_path)
+    images = torch.rand(2, 3, 64, 96)
+    outputs = ORTModelForCustomTasks.from_pretrained(tmp_path)(pixel_values=images)
+    with torch.no_grad():
+        expected = model(images)
+    torch.testing.assert_close(outputs["logits"], getattr(expected, "logits", expected), atol=1e-5, rtol=0)
+
+
+@needs_optimum
+def test_segmenters_load_in_the_segmentation_pipeline(tmp_path):
+    from optimum.onnxruntime import ORTModelForSemanticSegmentation
+    from transformers import AutoImageProcessor, pipeline
+
+    model = make("hf-segformer").eval()
+    export_onnx(model, input_size=64, folder=tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
+    network = ORTModelForSemanticSegmentation.from_pretrained(tmp_path)
+    segments = pipeline("image-segmentation", model=network, image_processor=processor)(PICTURE)
+    assert {s["label"] for s in segments} <= set(NAMES)
+    assert all(s["mask"].size == PICTURE.size for s in segments)
+
+
+@pytest.mark.parametrize("name", ["hf-vit", "hf-rt_detr", "hf-segformer"])
+def test_an_exported_folder_predicts_as_the_model_does(name, tmp_path):
+    model = make(name)
+    images, _ = make_batch(name, n=5)
+    export_onnx(model, input_size=FAMILIES[name].size, folder=tmp_path)
+    loaded = load_onnx(tmp_path)
+    settings = {"batch_size": 2, "device": "cpu", "num_dataloader_workers": 0}
+    expected = iris_hf.predict(Images(images), model, **settings)
+    got = iris_hf.predict(Images(images), loaded, **settings)
+    assert torch.equal(got.targets, expected.targets)
+    for a, b in zip(got.predictions, expected.predictions, strict=True):
+        if FAMILIES[name].target_type == "detection":
+            a, b = a[:, 1], b[:, 1]
+        torch.testing.assert_close(a.float(), b.float(), atol=1e-5, rtol=0)
+    for attribute in ("target_type", "num_classes", "class_names"):
+        assert getattr(loaded, attribute) == getattr(model, attribute)
+
+
+def test_the_transform_of_an_exported_model_is_that_of_the_model(tmp_path):
+    model = make("timm-resnet")
+    export_onnx(model, input_size=32, folder=tmp_path)
+    transforms = create_image_transform(load_onnx(tmp_path)), create_image_transform(model)
+    assert torch.equal(transforms[0](PICTURE), transforms[1](PICTURE))
+
+
+def test_images_of_several_sizes_are_run_one_by_one(tmp_path):
+    model = make("hf-rt_detr").eval()
+    export_onnx(model, input_size=64, folder=tmp_path)
+    images = [torch.rand(3, 64, 64), torch.rand(3, 80, 100)]
+    predicted = load_onnx(tmp_path).prediction_step(images)
+    with torch.no_grad():
+        for rows, image in zip(predicted, images, strict=True):
+            torch.testing.assert_close(rows[:, 1], model.prediction_step(image[None])[0][:, 1], atol=1e-5, rtol=0)
+
+
+def test_processes_and_threads_predict_the_same(tmp_path):
+    export_onnx(Stepped(), input_size=16, folder=tmp_path)
+    loaded = load_onnx(tmp_path)
+    images = torch.rand(12, 3, 16, 16)
+    expected = loaded.prediction_step(images)
+    for twin in (pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded)):
+        assert torch.equal(twin.prediction_step(images), expected)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for result in pool.map(loaded.prediction_step, [images] * 8):
+            assert torch.equal(result, expected)
+    spread = iris_hf.predict(
+        Images(images), loaded, batch_size=3, num_processes=2, device="cpu", num_dataloader_workers=0
+    )
+    torch.testing.assert_close(spread.predictions, expected)
+
+
+def test_inputs_that_do_not_fit_are_named(tmp_path):
+    export_onnx(Stepped(), input_size=16, folder=tmp_path)
+    loaded = load_onnx(tmp_path)
+    with pytest.raises(DataError, match=r"pixel_values of the shape \[batch_size, 3, 16, 16\], got \[2, 3, 16, 17\]"):
+        loaded(torch.rand(2, 3, 16, 17))
+    with pytest.raises(DataError, match=r"The graph takes pixel_values, and the inputs are input_ids"):
+        loaded(torch.ones(2, 3, dtype=torch.long))
+
+
+def test_folders_that_hold_no_export_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"holds no model.onnx. Export a model there"):
+        load_onnx(tmp_path)
+    export_onnx(Stepped(), input_size=16, folder=tmp_path)
+    description = tmp_path / "iris_hf_onnx.json"
+    stored = json.loads(description.read_text())
+    description.write_text("{")
+    with pytest.raises(DataError, match=r"is no JSON"):
+        load_onnx(tmp_path)
+    description.write_text("{}")
+    with pytest.raises(DataError, match=r"does not describe an ONNX model: it needs inputs and prediction"):
+        load_onnx(tmp_path)
+    description.write_text(json.dumps({**stored, "format": 7}))
+    with pytest.raises(DataError, match=r"has the format 7, this iris_hf reads 1. Update it"):
+        load_onnx(tmp_path)
+    description.write_text(json.dumps(stored))
+    (tmp_path / "model.onnx").write_bytes((tmp_path / "model.onnx").read_bytes()[:200])
+    with pytest.raises(DataError, match=r"ONNX Runtime cannot read"):
+        load_onnx(tmp_path)
+
+
+def test_the_folder_holds_labels_configuration_and_errors(tmp_path):
+    export = export_onnx_model(make("hf-vit"), folder=tmp_path)
+    assert json.loads((tmp_path / "labels.json").read_text()) == NAMES
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["id2label"] == {str(i): name for i, name in enumerate(NAMES)}
+    processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert (processor["image_mean"], processor["image_std"]) == ([0, 0, 0], [1, 1, 1])
+    assert json.loads((tmp_path / "iris_hf_onnx.json").read_text())["errors"] == export.errors
+    export_onnx(zero_shot(), input_size=32, folder=tmp_path)
+    assert not (tmp_path / "labels.json").exists()  # of the model that was there before
+
+
+@pytest.mark.parametrize(("precision", "correct"), [("fp32", 915), ("fp16", 915), ("int8", 915)])
+def test_the_published_accuracy_survives_the_export(precision, correct, shared_data, tmp_path):
+    images, labels = load_cifar10(shared_data)
+    export_onnx(load_resnet20(shared_data), images[:8], precision=precision, folder=tmp_path)
+    predicted = load_onnx(tmp_path).prediction_step(images).argmax(1)
+    assert int((predicted == labels).sum()) == pytest.approx(correct, abs=0 if precision == "fp32" else 2)
