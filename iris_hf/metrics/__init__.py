@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from iris_hf.metrics.detection_average_precision.detection_average_precision import DetectionAveragePrecision
     from iris_hf.metrics.mean_iou.mean_iou import MeanIoU
     from iris_hf.metrics.multilabel_average_precision.multilabel_average_precision import MultilabelAveragePrecision
+    from iris_hf.metrics.ranking import evaluate_retrieval
+    from iris_hf.metrics.retrieval.retrieval import Retrieval
     from iris_hf.metrics.segmentation import evaluate_mean_iou
 
 _HOME_OF = {
@@ -21,10 +23,12 @@ _HOME_OF = {
     "DetectionResults": "detection",
     "MeanIoU": "mean_iou.mean_iou",
     "MultilabelAveragePrecision": "multilabel_average_precision.multilabel_average_precision",
+    "Retrieval": "retrieval.retrieval",
     "evaluate_accuracy": "classification",
     "evaluate_detection_average_precision": "detection",
     "evaluate_mean_iou": "segmentation",
     "evaluate_multilabel_average_precision": "classification",
+    "evaluate_retrieval": "ranking",
 }
 
 __all__ = [
@@ -33,10 +37,12 @@ __all__ = [
     "DetectionResults",
     "MeanIoU",
     "MultilabelAveragePrecision",
+    "Retrieval",
     "evaluate_accuracy",
     "evaluate_detection_average_precision",
     "evaluate_mean_iou",
     "evaluate_multilabel_average_precision",
+    "evaluate_retrieval",
 ]
 
 

@@ -15,13 +15,16 @@ import torch
 
 import iris_hf.metrics
 from iris_hf.errors import ConfigError, DataError
-from iris_hf.metrics import Accuracy, DetectionAveragePrecision, MeanIoU, MultilabelAveragePrecision
+from iris_hf.metrics import Accuracy, DetectionAveragePrecision, MeanIoU, MultilabelAveragePrecision, Retrieval
 
 generator = torch.Generator().manual_seed(0)
 MULTILABEL_TARGETS = torch.randint(0, 2, (13, 4), generator=generator)
 SCORES = torch.rand(13, 4, generator=generator)
 CLASSES = torch.randint(0, 4, (13, 1), generator=generator)
 MAPS = torch.randint(0, 3, (13, 5, 6), generator=generator)
+PAIRS = torch.randn(13, 2, 6, generator=generator)
+PAIRS[11:, 0] = PAIRS[:2, 0]  # two images have two captions each
+IMAGES = torch.arange(13) % 11
 
 
 def boxes(number: int) -> torch.Tensor:
@@ -40,14 +43,21 @@ CASES = {
     MultilabelAveragePrecision: (SCORES, MULTILABEL_TARGETS),
     MeanIoU: (torch.rand(13, 3, 5, 6, generator=generator), MAPS),
     DetectionAveragePrecision: (FOUND_BOXES, TARGET_BOXES),
+    Retrieval: (PAIRS, IMAGES),
 }
 FUNCTIONS = {
     Accuracy: lambda *batch: {"accuracy": iris_hf.metrics.evaluate_accuracy(*batch)},
     MultilabelAveragePrecision: iris_hf.metrics.evaluate_multilabel_average_precision,
     MeanIoU: iris_hf.metrics.evaluate_mean_iou,
     DetectionAveragePrecision: lambda *b: iris_hf.metrics.evaluate_detection_average_precision(*b).details,
+    Retrieval: lambda *batch: retrieval_of_pairs(*batch),
 }
 every_metric = pytest.mark.parametrize("metric_class", CASES, ids=lambda c: c.__name__)
+
+
+def retrieval_of_pairs(pairs, ids):
+    rows = {int(image): row for row, image in reversed(list(enumerate(ids)))}
+    return iris_hf.metrics.evaluate_retrieval(pairs[list(rows.values()), 0], pairs[:, 1], list(rows), ids)
 
 
 def folder_of(metric_class) -> Path:
@@ -82,7 +92,11 @@ def test_it_loads_by_path_without_network_or_warning(metric_class):
 
 
 def test_options_pass_through_the_loader():
-    options = {DetectionAveragePrecision: {"iou_thresholds": [0.25]}, MeanIoU: {"ignore_index": 1}}
+    options = {
+        DetectionAveragePrecision: {"iou_thresholds": [0.25]},
+        MeanIoU: {"ignore_index": 1},
+        Retrieval: {"recall_at": [2]},
+    }
     for metric_class, given in options.items():
         predictions, references = CASES[metric_class]
         loaded = evaluate.load(str(folder_of(metric_class)), **given)
