@@ -163,7 +163,7 @@ def _tiles(num_rows: int, num_columns: int) -> Iterator[tuple[slice, slice]]:
 
 def _normalised(features: Tensor) -> Tensor:
     features = features / features.abs().amax(1, keepdim=True)  # whose squares don't overflow
-    return features / features.norm(dim=1, keepdim=True)
+    return torch.nn.functional.normalize(features, dim=1)
 
 
 def _similarities(images: Tensor, texts: Tensor) -> Tensor:
