@@ -11,6 +11,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,17 +55,37 @@ def probe_generators() -> tuple[int, float, float]:
     return int(torch.randint(1 << 62, ())), random.random(), float(np.random.random())
 
 
+@dataclass(frozen=True)
+class GeneratorState:
+    """Where the global generators stand. Made by :meth:`capture`."""
+
+    cpu: torch.Tensor
+    python: tuple[Any, ...]
+    numpy: Any
+    device: torch.device | None
+    gpu: torch.Tensor | None
+
+    @classmethod
+    def capture(cls, device: torch.device | None = None) -> GeneratorState:
+        """Note where the generators of torch (CPU and `device`), numpy and python stand."""
+        device = device if device is not None and device.type == "cuda" else None
+        gpu = None if device is None else torch.cuda.get_rng_state(device)
+        return cls(torch.get_rng_state(), random.getstate(), np.random.get_state(), device, gpu)
+
+    def restore(self) -> None:
+        """Put the generators back there."""
+        torch.set_rng_state(self.cpu)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        if self.device is not None and self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu, self.device)
+
+
 @contextmanager
 def preserve_generators(device: torch.device | None = None) -> Iterator[None]:
     """Give the global generators back as they were: a run leaves no trace in the caller's randomness."""
-    gpu = device if device is not None and device.type == "cuda" else None
-    gpu_state = None if gpu is None else torch.cuda.get_rng_state(gpu)
-    state = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    state = GeneratorState.capture(device)
     try:
         yield
     finally:
-        torch.set_rng_state(state[0])
-        random.setstate(state[1])
-        np.random.set_state(state[2])
-        if gpu is not None and gpu_state is not None:
-            torch.cuda.set_rng_state(gpu_state, gpu)
+        state.restore()

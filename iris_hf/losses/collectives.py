@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,15 +42,17 @@ class Rows:
         Raises:
             DataError: On every process, if the features `[rows, d]` differ in d.
         """
-        if group is None:
-            return cls((len(features),), 0, None)
-        own = torch.tensor([features.shape], device=features.device)
-        shapes = own.new_empty(group.size(), 2)
-        dist.all_gather_into_tensor(shapes, own, group=group)
-        counts, dims = (tuple(column) for column in shapes.T.tolist())
-        if len(set(dims)) > 1:
-            raise DataError(f"The features have {', '.join(map(str, dims))} dimensions on ranks 0 to {len(dims) - 1}.")
-        return cls(counts, dist.get_rank(group), group)
+        shapes = _exchange(features.shape, features.device, group)
+        if len({dim for _, dim in shapes}) > 1:
+            dims = ", ".join(str(dim) for _, dim in shapes)
+            raise DataError(f"The features have {dims} dimensions on ranks 0 to {len(shapes) - 1}.")
+        return cls(tuple(count for count, _ in shapes), dist.get_rank(group) if group else 0, group)
+
+    @classmethod
+    def counting(cls, count: int, device: torch.device, group: Group | None) -> Rows:
+        """Learn from all processes how many rows they hold, given this one's number."""
+        counts = tuple(n for (n,) in _exchange((count,), device, group))
+        return cls(counts, dist.get_rank(group) if group else 0, group)
 
     @property
     def total(self) -> int:
@@ -103,3 +106,14 @@ class Rows:
     def size(self) -> int:
         """Number of processes."""
         return len(self.counts)
+
+
+def _exchange(numbers: Sequence[int], device: torch.device, group: Group | None) -> list[list[int]]:
+    """Return the numbers of every process."""
+    if group is None:
+        return [list(numbers)]
+    own = torch.tensor([list(numbers)], device=device)
+    everyone = own.new_empty(group.size(), len(numbers))
+    dist.all_gather_into_tensor(everyone, own, group=group)
+    listed: list[list[int]] = everyone.tolist()
+    return listed

@@ -6,8 +6,10 @@ DDP, FSDP and torch.compile see nothing but `forward`. Loops therefore prepare t
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from iris_hf.errors import ConfigError
@@ -26,6 +28,20 @@ def as_trainable(model: nn.Module) -> Trainable:
         ConfigError: If the model has neither.
     """
     return Trainable(model)
+
+
+def as_cacheable(model: nn.Module) -> Cacheable:
+    """Wrap a model in a module whose `forward(inputs)` gives the features that its criterion takes.
+
+    The model is not copied: it is the submodule `model` of the result.
+
+    Args:
+        model: Has `forward(inputs)` and `criterion(features, targets)`.
+
+    Raises:
+        ConfigError: If the model lacks one of them.
+    """
+    return Cacheable(model)
 
 
 def as_predictor(model: nn.Module) -> Predictor:
@@ -88,13 +104,141 @@ class Trainable(nn.Module):
             criterion = _adopted(self, "criterion", self.model)
             outputs = self.model(inputs)
             result = {"loss": criterion(outputs, _fit_targets(criterion, outputs, targets))}
-        loss = result.get("loss") if isinstance(result, dict) else None
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            source = (
-                "training_step must return {'loss': scalar}" if self._has_step else "criterion must return a scalar"
+        return _checked_result(result, self.model, has_step=self._has_step)
+
+
+class Cacheable(nn.Module):
+    """A model in two parts: its features, and their criterion. Made by :func:`as_cacheable`.
+
+    Attributes:
+        model: The model itself.
+        criterion: As in :class:`Trainable`.
+    """
+
+    model: nn.Module
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        _require_module(model)
+        self.model = model
+        if not callable(getattr(model, "criterion", None)):
+            raise ConfigError(
+                f"{type(model).__name__} has no criterion(features, targets), which a gradient cache needs apart from "
+                "forward(inputs): it computes the loss of a whole batch from features that were made in parts. "
+                "Add one, or use train."
             )
-            raise ConfigError(f"{type(self.model).__name__}.{source}, got {_describe(result)}.")
-        return {**result, "loss": loss.reshape(())} if loss.dim() else cast("dict[str, Any]", result)
+        _require_forward(model)
+        _adopt(self, "criterion", model)
+
+    def forward(self, inputs: Any, gradients: Gradients | None = None) -> Any:
+        """Give the features of some examples, or, with gradients, the scalar whose derivative they are.
+
+        Args:
+            inputs: The examples. None, together with gradients, stands for no examples at all.
+            gradients: The derivative of a loss by the features.
+
+        Returns:
+            What the model's forward returns; with gradients, the sum of its tensors times their gradients. Every
+            trainable parameter takes part in that of None, with a gradient of zero.
+        """
+        if gradients is None:
+            return self.model(inputs)
+        products = [
+            (p.to(g.dtype) * g).sum() for p, g in zip(self.loss_parameters(), gradients.parameters or (), strict=False)
+        ]
+        if inputs is None:
+            products += [p.flatten()[:1].sum() * 0 for p in self.parameters() if p.requires_grad]
+        else:
+            tensors = feature_tensors(self.model(inputs))
+            if gradients.expected is not None:
+                _check_replay(tensors, gradients.expected)
+            products += weigh(tensors, gradients.features)
+        return torch.stack([product.float() for product in products]).sum()
+
+    def loss_parameters(self) -> list[nn.Parameter]:
+        """Return the trainable parameters of the criterion."""
+        criterion = _adopted(self, "criterion", self.model)
+        return [p for p in criterion.parameters() if p.requires_grad] if isinstance(criterion, nn.Module) else []
+
+    def measure(self, features: Any, targets: Any) -> dict[str, Any]:
+        """Give `loss`, and what else the criterion's `measure(features, targets)` says where it has one.
+
+        Raises:
+            ConfigError: If the loss is no scalar.
+        """
+        criterion = _adopted(self, "criterion", self.model)
+        if callable(getattr(criterion, "measure", None)):
+            result = criterion.measure(features, targets)
+        else:
+            result = {"loss": criterion(features, _fit_targets(criterion, features, targets))}
+        return _checked_result(result, self.model, has_step=False)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the criterion itself brings together the features of several processes (attribute `gathers`)."""
+        return bool(getattr(_adopted(self, "criterion", self.model), "gathers", False))
+
+
+class Gradients(NamedTuple):
+    """Derivatives of a loss.
+
+    Attributes:
+        features: By each of the feature tensors; None where there is none.
+        parameters: By each of the criterion's parameters, or None to leave them out.
+        expected: What the feature tensors are, to the bit; None when nobody checks.
+    """
+
+    features: Sequence[Tensor | None]
+    parameters: Sequence[Tensor] | None = None
+    expected: Sequence[Tensor] | None = None
+
+
+def feature_tensors(features: Any) -> list[Tensor]:
+    """List the tensors that a forward returned.
+
+    Args:
+        features: A tensor, or a list, tuple or dict of tensors.
+
+    Raises:
+        ConfigError: If it is anything else.
+    """
+    tensors: list[Any] = [features]
+    if isinstance(features, Mapping):
+        tensors = list(features.values())
+    elif isinstance(features, (list, tuple)):
+        tensors = list(features)
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise ConfigError(
+            "A gradient cache needs a forward that returns a feature tensor [N, ...], or a list, tuple or dict of "
+            f"feature tensors and scalars, got {_describe(features)}. Return tensors, or use train."
+        )
+    return tensors
+
+
+def like_features(features: Any, tensors: Sequence[Tensor]) -> Any:
+    """Put tensors into the form of what a forward returned."""
+    if isinstance(features, Mapping):
+        return dict(zip(features, tensors, strict=True))
+    if isinstance(features, tuple) and hasattr(features, "_fields"):
+        return type(features)(*tensors)
+    return type(features)(tensors) if isinstance(features, (list, tuple)) else tensors[0]
+
+
+def _check_replay(tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for position, (again, before) in enumerate(zip(tensors, expected, strict=True)):
+        if not torch.equal(again.detach(), before):
+            difference = (again.detach().double() - before.double()).abs().max().item()
+            raise ConfigError(
+                f"Feature tensor {position} is another one in the second pass (largest difference {difference:.3g}): "
+                "the model keeps state between calls, or draws random numbers from a generator of its own. Draw from "
+                "the global generators of torch, numpy or python."
+            )
+
+
+def weigh(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """Give the sum of every tensor times its gradient: the derivative of the sum of these by the tensors is that."""
+    pairs = zip(tensors, gradients, strict=True)
+    return [(tensor.to(gradient.dtype) * gradient).sum() for tensor, gradient in pairs if gradient is not None]
 
 
 class Predictor(nn.Module):
@@ -156,6 +300,14 @@ def _fit_targets(criterion: Any, outputs: Any, targets: Any) -> Any:
     if isinstance(criterion, nn.BCEWithLogitsLoss | nn.BCELoss):
         return targets.to(outputs.dtype)
     return targets
+
+
+def _checked_result(result: Any, model: nn.Module, *, has_step: bool) -> dict[str, Any]:
+    loss = result.get("loss") if isinstance(result, dict) else None
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        source = "training_step must return {'loss': scalar}" if has_step else "criterion must return a scalar"
+        raise ConfigError(f"{type(model).__name__}.{source}, got {_describe(result)}.")
+    return {**result, "loss": loss.reshape(())} if loss.dim() else result
 
 
 def _describe(result: object) -> str:

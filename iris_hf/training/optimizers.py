@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from iris_hf.errors import ConfigError, unknown_name
-from iris_hf.models.steps import Trainable
+from iris_hf.models.steps import Cacheable, Trainable
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,8 @@ def parameter_groups(
     """Sort a model's trainable parameters into groups of equal learning rate and weight decay.
 
     Args:
-        model: Parameters with `requires_grad=False` are left out. Of a Trainable, names are those in its model.
+        model: Parameters with `requires_grad=False` are left out. Of a Trainable or Cacheable, names are those in its
+            model.
         base_lr: Learning rate of parameters that no pattern scales.
         weight_decay: Weight decay of parameters that no pattern exempts.
         no_weight_decay_param_names: Regular expressions; a parameter whose name one of them matches from its
@@ -149,9 +150,10 @@ def parameter_groups(
         for parameter in module.parameters()
     }
     groups: dict[tuple[float, float], dict[str, Any]] = {}
-    described = type(model.model if isinstance(model, Trainable) else model).__name__
+    wrapped = isinstance(model, Trainable | Cacheable)
+    described = type(model.model if wrapped else model).__name__
     for full_name, parameter in model.named_parameters():
-        name = full_name.removeprefix("model.") if isinstance(model, Trainable) else full_name
+        name = full_name.removeprefix("model.") if wrapped else full_name
         by_name = first_match(names, name) is not None
         scale = first_match(scaled, name)
         if not parameter.requires_grad:

@@ -1,12 +1,12 @@
-"""The training loop."""
+"""Training tasks: plain, and with a gradient cache."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,21 +19,22 @@ from iris_hf.engine.launch import run_in_workers
 from iris_hf.engine.loader import (
     EpochBatches,
     Examples,
-    Failure,
     OrderedBatches,
     TargetCheck,
     closing_workers,
     count_examples,
     make_loader,
-    to_device,
 )
-from iris_hf.engine.plugins import Plugin, PluginList, TrainState, load_plugins
-from iris_hf.engine.rng import STEP, VALIDATION, mix, preserve_generators, seed_generators
-from iris_hf.errors import ConfigError, noted
-from iris_hf.models.steps import Trainable, as_trainable
+from iris_hf.engine.plugins import Plugin, PluginList, load_plugins
+from iris_hf.engine.rng import STEP, mix, preserve_generators, seed_generators
+from iris_hf.errors import ConfigError
+from iris_hf.models.steps import as_cacheable, as_trainable
 from iris_hf.training.config import OptimizerName, TrainConfig
-from iris_hf.training.optimizers import build_optimizer, parameter_groups
-from iris_hf.training.schedulers import LearningRateSchedule, LrSchedulerConfig
+from iris_hf.training.extends import extends
+from iris_hf.training.gradient_cache import CacheConfig, CachedPass
+from iris_hf.training.passes import Pass, PlainPass, Stepper
+from iris_hf.training.run import TrainingRun
+from iris_hf.training.schedulers import LrSchedulerConfig
 from iris_hf.types import CollateFunction, Transform
 
 if TYPE_CHECKING:
@@ -138,15 +139,66 @@ def train(
         ConfigError: If the configuration is contradictory, or the model cannot be trained.
         DataError: If a dataset is empty, or an example is invalid; the message names the example.
     """
+    return _train(dict(locals()), None)
+
+
+@extends(train)
+def train_with_gradient_cache(  # noqa: D417  # train documents what **arguments are
+    *,
+    sub_batch_size: int = 1,
+    num_kept_graphs: int = 0,
+    memory_budget_in_mb: float | None = None,
+    check_replay: bool = False,
+    **arguments: Any,
+) -> TrainResult:
+    """Train a copy of a model with the gradients of large batches, in the memory of small ones.
+
+    The features of a micro-batch are computed in sub-batches without graphs, the loss of all of them is
+    differentiated by the features, and each sub-batch is computed once more to send its part of the derivatives
+    backward (Gao et al., arXiv 2101.06983). Loss and gradients are those of :func:`iris_hf.train` with the same
+    batches, on any number of processes. Random numbers (dropout) are the same in both passes. Parts of the model that
+    are frozen, and see nothing trainable, are computed once. The inputs of a micro-batch stay in host memory, and
+    sub-batches move to the device one by one, so that `transform_batch` of plugins sees inputs there.
+
+    The model's `forward(inputs)` returns a feature tensor `[N, ...]`, or a list, tuple or dict of those and of scalars
+    (0-dimensional: the same for every sub-batch); its `criterion(features, targets)` gives the loss. A criterion with
+    the attribute `gathers=True` takes this process's features and brings those of all together by itself, as
+    :func:`iris_hf.make_image_text_contrastive_model`'s does; any other takes the features and targets of all processes.
+
+    Args:
+        sub_batch_size: Examples that are computed together; what is left is a smaller sub-batch, and a size above
+            `batch_size` is the same as `batch_size`.
+        num_kept_graphs: Sub-batches, at most, whose graphs are kept from the first pass: they take memory as in
+            plain training and no second forward pass. On several processes one fewer than there are sub-batches.
+        memory_budget_in_mb: Sets `num_kept_graphs` to what fits into this many MiB beside one sub-batch's graph, as
+            the first sub-batch takes it. A compiled model cannot be measured.
+        check_replay: Compare the second pass's features with the first's to the bit, for finding models that draw
+            random numbers from generators of their own or keep state between calls.
+
+    Raises:
+        ConfigError: If the configuration is contradictory, or the model has no features to cache.
+        DataError: If a dataset is empty, an example is invalid, the inputs of a batch differ in length, or the
+            loss is not finite.
+    """
+    cache = CacheConfig(
+        sub_batch_size=sub_batch_size,
+        num_kept_graphs=num_kept_graphs,
+        memory_budget_in_mb=memory_budget_in_mb,
+        check_replay=check_replay,
+    )
+    return _train(arguments, cache)
+
+
+def _train(arguments: Mapping[str, Any], cache: CacheConfig | None) -> TrainResult:
     start = time.perf_counter()
-    arguments = dict(locals())
     config = TrainConfig.of(arguments)
     inputs = {name: arguments[name] for name in _INPUTS}
-    if needs_local_workers(num_processes):
-        if random_seed is None:
+    model: nn.Module = arguments["model"]
+    if needs_local_workers(config.num_processes):
+        if config.random_seed is None:
             config = replace(config, random_seed=draw_seed())
         tensors, attributes = run_in_workers(
-            _fit_for_caller, inputs, config, num_processes=num_processes, device=device
+            _fit_for_caller, inputs, config, cache, num_processes=config.num_processes, device=config.device
         )
         trained = copy.deepcopy(model).to("cpu").train()
         with torch.no_grad():
@@ -155,16 +207,18 @@ def train(
         for plugin, values in zip(_own_plugins(config), attributes, strict=True):
             vars(plugin).update(values)
     else:
-        trained = fit(config, **inputs)
+        trained = fit(config, cache, **inputs)
     return TrainResult(trained, time.perf_counter() - start)
 
 
 _INPUTS = ("model", "train_dataset", "train_transform", "val_dataset", "val_transform", "collate_function")
 
 
-def _fit_for_caller(inputs: Mapping[str, Any], config: TrainConfig) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def _fit_for_caller(
+    inputs: Mapping[str, Any], config: TrainConfig, cache: CacheConfig | None
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Train in a worker; return the model's tensors and the attributes of the caller's plugin objects."""
-    tensors = _tensors(fit(config, **inputs))
+    tensors = _tensors(fit(config, cache, **inputs))
     return {name: tensor.detach() for name, tensor in tensors.items()}, [vars(p) for p in _own_plugins(config)]
 
 
@@ -178,6 +232,7 @@ def _own_plugins(config: TrainConfig) -> list[Plugin]:
 
 def fit(
     config: TrainConfig,
+    cache: CacheConfig | None,
     *,
     model: nn.Module,
     train_dataset: Dataset[Any],
@@ -186,9 +241,11 @@ def fit(
     val_transform: Transform | None,
     collate_function: CollateFunction | None,
 ) -> nn.Module:
-    """Train in this process, as one rank of its launcher's world; see :func:`train`."""
+    """Train in this process, as one rank of its launcher's world; see :func:`train`. Plainly where `cache` is None."""
     plugins = load_plugins(config.plugins, before=getattr(model, "plugins", ()))
-    as_trainable(model)  # a model that cannot be trained is an error before it is copied
+    wrap: Callable[[nn.Module], Stepper] = as_trainable if cache is None else as_cacheable
+    make_pass: Callable[..., Pass] = PlainPass if cache is None else functools.partial(CachedPass, config=cache)
+    wrap(model)  # a model that cannot be trained is an error before it is copied
     if val_dataset is None and (config.val_check_interval or config.val_check_interval_epoch):
         logger.warning("A validation interval is given, but no val_dataset: nothing is validated.")
     if val_dataset is not None:
@@ -212,7 +269,7 @@ def fit(
                 logger.info(
                     "An epoch uses %d of %d examples, some repeatedly.", batches.examples_per_epoch, num_examples
                 )
-            trainable = as_trainable(plugins.transform("transform_model", copy.deepcopy(model)))
+            module = wrap(plugins.transform("transform_model", copy.deepcopy(model)))
             check = TargetCheck.of(model)
 
             def loader(dataset: Dataset[Any], transform: Transform | None, batches: Any) -> Any:
@@ -229,7 +286,8 @@ def fit(
                 config,
                 accelerator=accelerator,
                 plugins=plugins,
-                trainable=trainable,
+                module=module,
+                make_pass=make_pass,
                 loader=train_loader,
                 batches=batches,
                 seed=seed,
@@ -254,207 +312,6 @@ def _accelerator_options(config: TrainConfig, plugins: PluginList) -> dict[str, 
         find_unused_parameters=config.ddp_find_unused_parameters, gradient_as_bucket_view=True
     )
     return {"kwargs_handlers": [ddp], **plugins.accelerator_options()}
-
-
-class TrainingRun:
-    """A prepared run: loops over epochs, steps and micro-batches.
-
-    Of Accelerate's layers it uses the model's (wrapping, precision), the backward pass and the scaler. The prepared
-    optimizer, which inspects signatures and looks for packages in every step and cannot hold a sharded one, and the
-    prepared loader and scheduler, by which the order of examples and the learning-rate curve would depend on the
-    world size, are left out.
-
-    Attributes:
-        state: What plugins see.
-        val_loader: Yields this rank's validation batches; None without validation.
-        val_batches: Their keys.
-    """
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        *,
-        accelerator: Accelerator,
-        plugins: PluginList,
-        trainable: Trainable,
-        loader: Any,
-        batches: EpochBatches,
-        seed: int,
-    ) -> None:
-        self.config = config
-        self.accelerator = accelerator
-        self.plugins = plugins
-        self.loader = loader
-        self.batches = batches
-        self.seed = seed
-        self.val_loader: Any = None
-        self.val_batches: OrderedBatches | None = None
-
-        trainable.to(accelerator.device)
-        groups = parameter_groups(
-            trainable,
-            base_lr=config.base_lr,
-            weight_decay=config.weight_decay,
-            no_weight_decay_param_names=config.no_weight_decay_param_names,
-            no_weight_decay_module_class_names=config.no_weight_decay_module_class_names,
-            lr_scale_param_names=config.lr_scale_param_names,
-        )
-        self.base_lrs = [group["lr"] for group in groups]
-        self.optimizer = build_optimizer(
-            config.optimizer,
-            groups,
-            base_lr=config.base_lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-        )
-        self.trainable = trainable
-        self.model = accelerator.prepare_model(trainable)
-
-        steps_per_epoch = -(-len(batches) // config.accumulation)
-        self.schedule = LearningRateSchedule(
-            config=LrSchedulerConfig.of(config.lr_scheduler),
-            steps_per_epoch=steps_per_epoch,
-            num_epochs=config.num_epochs,
-        )
-        self.state = TrainState(
-            accelerator=accelerator,
-            model=trainable.model,
-            optimizer=self.optimizer,
-            num_epochs=config.num_epochs,
-            steps_per_epoch=steps_per_epoch,
-            examples_per_step=config.batch_size * config.accumulation * accelerator.num_processes,
-        )
-
-    def run(self) -> None:
-        """Train until the last epoch, or until a plugin asks for a stop."""
-        state = self.state
-        self.schedule.apply(self.optimizer, self.base_lrs, state.step)
-        self.plugins.notify("on_train_start", state)
-        while state.epoch < state.num_epochs:
-            self.train_epoch()
-            if self.val_loader is not None and (state.stop_reason or self.config.validates_after(state.epoch)):
-                self.validate()
-            if state.stop_reason:
-                logger.info("Stopped after step %d: %s", state.step, state.stop_reason)
-                break
-            state.epoch += 1
-        self.plugins.notify("on_train_end", state)
-
-    def train_epoch(self) -> None:
-        """Take the steps of one epoch."""
-        state = self.state
-        self.model.train()
-        self.batches.epoch = state.epoch
-        self.plugins.notify("on_epoch_start", state)
-        remaining = len(self.batches)
-        batches = iter(self.loader)
-        while remaining and not state.stop_reason:
-            count = min(remaining, self.config.accumulation)
-            state.loss = self.step(batches, count)
-            remaining -= count
-            state.step += 1
-            self.schedule.apply(self.optimizer, self.base_lrs, state.step)
-            self.plugins.notify("on_step_end", state)
-        self.plugins.notify("on_epoch_end", state)
-
-    def step(self, batches: Iterator[Any], count: int) -> Tensor:
-        """Take one optimizer step.
-
-        Args:
-            batches: Yields the micro-batches.
-            count: How many of them make this step.
-
-        Returns:
-            The mean loss on this rank, a scalar on the device.
-        """
-        losses = []
-        scaler = self.accelerator.scaler
-        for position in range(count):
-            batch = self.take(batches)
-            seed_generators(
-                mix(self.seed, STEP, self.state.step, position, self.accelerator.process_index), self.accelerator.device
-            )
-            inputs, targets = self.plugins.transform("transform_batch", batch)
-            with self.synchronised(position == count - 1), self.noted():
-                with self.plugins.forward_context():
-                    loss = self.model(inputs, targets)["loss"]
-                scaled = loss if count == 1 else loss / count
-                if scaler is None:
-                    scaled.backward()  # what accelerator.backward comes to, less a division by one
-                else:
-                    self.accelerator.backward(scaled)
-            losses.append(loss.detach())
-        if self.plugins.hooks("on_gradients_ready"):
-            if scaler is not None:
-                scaler.unscale_(self.optimizer)
-            self.plugins.notify("on_gradients_ready", self.state)
-        if scaler is None:
-            self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
-            scaler.update()
-        self.optimizer.zero_grad()
-        return losses[0] if count == 1 else torch.stack(losses).mean()
-
-    def take(self, batches: Iterator[Any]) -> tuple[Any, Any]:
-        """Return the next batch on the device, or raise the error that it could not be made for."""
-        batch = next(batches)
-        if isinstance(batch, Failure):
-            batch.reraise()
-        inputs, targets = to_device(batch, self.accelerator.device)
-        return inputs, targets
-
-    def synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Return the context of one micro-batch: gradients are averaged over the ranks with the last of a step."""
-        self.accelerator.gradient_state._set_sync_gradients(is_last)
-        return nullcontext() if is_last else self.accelerator.no_sync(self.model)
-
-    def noted(self) -> AbstractContextManager[Any]:
-        """Return a context that says, in an error's notes, where in the run it happened."""
-        return noted(
-            lambda: f"At epoch {self.state.epoch}, step {self.state.step}, on rank {self.accelerator.process_index}."
-        )
-
-    @torch.no_grad()
-    def validate(self) -> None:
-        """Go through the validation set; set `state.val_loss` to the mean loss per example."""
-        from accelerate.utils import gather_object
-
-        state, accelerator = self.state, self.accelerator
-        assert self.val_batches is not None
-        self.synchronise_buffers()
-        was_training = self.trainable.training
-        self.trainable.eval()
-        self.plugins.notify("on_validation_start", state)
-        # The module inside DDP: ranks may have different numbers of batches, and must not wait for each other here.
-        loss_sum, count = torch.zeros((), device=accelerator.device), 0
-        batches = iter(self.val_loader)
-        for batch in self.val_batches.batches:
-            inputs, targets = self.take(batches)
-            seed_generators(mix(self.seed, VALIDATION, state.epoch, batch.start), accelerator.device)
-            with self.noted(), accelerator.autocast(), self.plugins.forward_context():
-                loss_sum += self.trainable(inputs, targets)["loss"].float() * len(batch)
-            count += len(batch)
-        losses, counts = zip(*gather_object([(loss_sum.item(), count)]), strict=True)
-        state.val_loss = sum(losses) / sum(counts)
-        self.trainable.train(was_training)
-        self.plugins.notify("on_validation_end", state)
-
-    def trained_model(self) -> nn.Module:
-        """Return the trained model: unwrapped, on the CPU, in train mode."""
-        self.synchronise_buffers()
-        return self.trainable.to("cpu").model.train()
-
-    def synchronise_buffers(self) -> None:
-        """Make buffers equal on all ranks: the mean (BatchNorm's statistics), or rank 0's where they are integers."""
-        if self.accelerator.num_processes == 1:
-            return
-        for buffer in self.trainable.buffers():
-            if buffer.is_floating_point():
-                torch.distributed.all_reduce(buffer.div_(self.accelerator.num_processes))
-            else:
-                torch.distributed.broadcast(buffer, src=0)
 
 
 def _check_strategy(accelerator: Accelerator) -> None:

@@ -42,8 +42,9 @@ class TrainState(RunState):
         examples_per_step: Examples that all processes together use in a full step.
         epoch: The current epoch, from 0.
         step: Optimizer steps done since the start of the run.
-        loss: Mean loss of the last step's examples on this rank, a scalar on the device. Reading its
-            value waits for the device: do it rarely.
+        metrics: What the last step's examples gave on this rank: `loss`, and the other scalars that the model's
+            training step returns or its criterion measures. They are on the device; reading a value waits for
+            it: do it rarely.
         val_loss: Mean loss per validation example after the last validation, the same on every rank;
             None before the first.
         stop_reason: Why the run ends early; None while it goes on.
@@ -55,9 +56,14 @@ class TrainState(RunState):
     examples_per_step: int
     epoch: int = 0
     step: int = 0
-    loss: torch.Tensor = field(default_factory=lambda: torch.tensor(torch.nan))
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
     val_loss: float | None = None
     stop_reason: str | None = None
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """Mean loss of the last step's examples on this rank; NaN before the first step."""
+        return self.metrics.get("loss", torch.tensor(torch.nan))
 
     @property
     def num_steps(self) -> int:

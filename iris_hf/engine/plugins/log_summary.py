@@ -16,37 +16,43 @@ logger = logging.getLogger(__name__)
 class LogSummary(Plugin):
     """Logs, per epoch, mean loss, time, steps, examples per second and peak device memory; validation losses.
 
-    The lines go to the logger `iris_hf` at level INFO, or to stderr where nobody listens to that. The loss
-    is summed on the device and read once an epoch; the mean is over the steps of all ranks.
+    What else the model measures in a step (a temperature, a recall inside the batch) stands beside the loss. The lines
+    go to the logger `iris_hf` at level INFO, or to stderr where nobody listens to that. Values are summed on the
+    device and read once an epoch; the means are over the steps of all ranks.
     """
 
     def __init__(self) -> None:
-        self._loss_sum: torch.Tensor | None = None
+        self._sums: dict[str, torch.Tensor] = {}
         self._first_step = 0
         self._start = 0.0
 
     def on_epoch_start(self, state: TrainState) -> None:
         """Start the epoch's clock and sums."""
-        self._loss_sum = None
+        self._sums = {}
         self._first_step = state.step
         self._start = time.perf_counter()
         if state.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(state.accelerator.device)
 
     def on_step_end(self, state: TrainState) -> None:
-        """Add the step's loss, without reading it."""
-        loss = state.loss.detach()
-        self._loss_sum = loss.clone() if self._loss_sum is None else self._loss_sum.add_(loss)
+        """Add what the step measured, without reading it."""
+        for name, value in state.metrics.items():
+            if name in self._sums:
+                self._sums[name] += value
+            else:
+                self._sums[name] = value.clone()
 
     def on_epoch_end(self, state: TrainState) -> None:
         """Log the epoch."""
         steps = state.step - self._first_step
-        if self._loss_sum is None or not steps:
+        if not self._sums or not steps:
             return
-        loss = state.accelerator.reduce(self._loss_sum / steps, reduction="mean").item()
+        sums = torch.stack([value.float() for value in self._sums.values()])
+        means = state.accelerator.reduce(sums / steps, reduction="mean").tolist()
         seconds = time.perf_counter() - self._start  # after the read above: the device is done
+        measured = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(self._sums, means, strict=True))
         parts = [
-            f"epoch {state.epoch + 1}/{state.num_epochs}: loss {loss:.4f}",
+            f"epoch {state.epoch + 1}/{state.num_epochs}: {measured}",
             f"{steps} steps in {seconds:.1f} s",
             f"{steps * state.examples_per_step / seconds:.1f} examples/s",
         ]
