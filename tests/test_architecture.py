@@ -13,7 +13,7 @@ LAYERS = [
     {"losses"},
     {"data", "models", "metrics"},
     {"engine"},
-    {"training", "inference", "export"},
+    {"training", "inference", "export", "hub"},
     {"tasks"},
     {"cli_values"},
     {"cli"},

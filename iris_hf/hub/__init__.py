@@ -1,0 +1,1 @@
+"""Models and data sets as repositories of the Hugging Face Hub."""

@@ -1,0 +1,155 @@
+"""Fetch a model's files from the Hub, and say in words what the Hub or the way to it refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from iris_hf.errors import DataError, IrisHFError, unknown_name
+
+ErrorT = TypeVar("ErrorT", bound=BaseException)
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # the last three are tokenizers'
+_NETWORK = ("requests", "urllib3", "httpx", "httpx2")  # the first two are of huggingface_hub 0.36
+
+
+def fetch(folder_or_repo_id: str | Path, *, revision: str | None, local_files_only: bool) -> Path:
+    """Give a local folder, or fetch a repository's description, weights and tokenizer into the cache of the Hub.
+
+    Subfolders are left out, as are all files that could hold code or a pickle.
+
+    Raises:
+        ConfigError: If a revision of a local folder is asked, or the repository lacks the revision.
+        DataError: If there is no such repository, it is not shown to this token, or it cannot be reached.
+    """
+    path = Path(folder_or_repo_id)
+    if path.is_dir():
+        if revision is not None:
+            raise DataError(f"{str(path)!r} is a local folder, which has no revision {revision!r}. Leave it out.")
+        return path
+    from huggingface_hub import snapshot_download
+
+    repo_id = str(folder_or_repo_id)
+    try:
+        fetched = snapshot_download(
+            repo_id,
+            revision=revision,
+            allow_patterns=list(_FILES),
+            ignore_patterns=["*/*"],
+            local_files_only=local_files_only,
+            library_name="iris_hf",
+        )
+    except Exception as error:
+        raise hub_error(f"{repo_id!r} is no folder, and", error, repo_id, revision=revision) from error
+    return Path(fetched)
+
+
+def hub_error(
+    doing: str, error: Exception, repo_id: str, *, revision: str | None = None, kind: str = "model"
+) -> IrisHFError:
+    """Build the error for a call to the Hub that failed.
+
+    Args:
+        doing: How the message begins, such as `"Pushing to 'me/net' failed:"`.
+        error: What huggingface_hub, `datasets` or the network raised.
+        repo_id: The repository.
+        revision: What was asked of it.
+        kind: `model` or `dataset`.
+    """
+    from huggingface_hub import constants, errors
+
+    causes = list(_causes(error))
+    ours = _first(causes, IrisHFError)
+    if ours is not None:
+        return ours
+    if _first(causes, errors.HFValidationError):
+        return DataError(f"{doing} {repo_id!r} is no name of a repository: give 'owner/name'.")
+    if _first(causes, errors.GatedRepoError):
+        return DataError(f"{doing} the repository is gated: ask its owner for access on its page, then log in.")
+    if _first(causes, errors.RepositoryNotFoundError):
+        return DataError(f"{doing} {_missing(repo_id)}")
+    if _first(causes, errors.RevisionNotFoundError):
+        return _missing_revision(doing, repo_id, str(revision), kind)
+    if _first(causes, errors.OfflineModeIsEnabled) or (
+        _first(causes, errors.LocalEntryNotFoundError) and len(causes) == 1
+    ):
+        asked = "" if revision is None else f" at revision {revision!r}"
+        return DataError(
+            f"{doing} {repo_id!r}{asked} is not in the cache, or not all of it, and the Hub is not to be asked "
+            "(HF_HUB_OFFLINE or local_files_only). Fetch it once while the Hub may be asked."
+        )
+    answered = _answered(causes)
+    if answered is not None:
+        return DataError(f"{doing} {_refusal(answered)}")
+    network = next((c for c in causes if _is_of_network(c)), None)
+    if network is not None:
+        return DataError(
+            f"{doing} the Hub at {constants.ENDPOINT} cannot be reached, or the connection broke "
+            f"({type(network).__name__}). Try again; files that arrived are not sent again."
+        )
+    return DataError(f"{doing} {type(causes[-1]).__name__}: {causes[-1]}")
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a call to the Hub failed by the Hub's or the network's fault, so that it may be repeated."""
+    causes = list(_causes(error))
+    answered = _answered(causes)
+    if answered is not None:
+        return bool(answered.response.status_code >= 500)
+    return any(_is_of_network(cause) for cause in causes)
+
+
+def _answered(causes: list[BaseException]) -> Any:
+    """The first of the errors that carries an answer of the Hub, or None."""
+    return next((c for c in causes if getattr(c, "response", None) is not None), None)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _is_of_network(error: BaseException) -> bool:
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.partition(".")[0] in _NETWORK
+
+
+def _first(causes: list[BaseException], kind: type[ErrorT]) -> ErrorT | None:
+    return next((cause for cause in causes if isinstance(cause, kind)), None)
+
+
+def _missing(repo_id: str) -> str:
+    from huggingface_hub import get_token
+
+    advice = "Check the name, or log in: `hf auth login`, or set HF_TOKEN."
+    if get_token() is None:
+        return f"the Hub has no repository {repo_id!r}, or it is private and there is no token. {advice}"
+    return f"the Hub has no repository {repo_id!r}, or it is private and this token may not see it. {advice}"
+
+
+def _missing_revision(doing: str, repo_id: str, revision: str, kind: str) -> IrisHFError:
+    from huggingface_hub import HfApi
+
+    try:
+        refs = HfApi().list_repo_refs(repo_id, repo_type=kind)
+    except Exception:
+        return DataError(f"{doing} {repo_id!r} has no revision {revision!r}. Give a branch, a tag or a commit.")
+    return unknown_name(f"revision of {repo_id!r}", revision, [ref.name for ref in (*refs.branches, *refs.tags)])
+
+
+def _refusal(error: Any) -> str:
+    """What an answer of the Hub means."""
+    status = error.response.status_code
+    said = getattr(error, "server_message", None) or error.response.headers.get("X-Error-Message") or ""
+    quoted = f" The Hub says: {' '.join(said.split())}" if said.strip() else ""
+    if status == 401:
+        return f"the Hub does not accept the token. Log in again (`hf auth login`), or correct HF_TOKEN.{quoted}"
+    if status in (402, 403, 413):
+        return f"the Hub forbids it with this token ({status}). Use one that may write there.{quoted}"
+    if status in (409, 412):
+        return f"the repository has changed since, or is being changed ({status}). Look at it, then repeat.{quoted}"
+    if status == 429:
+        return f"the Hub asks to wait: too many requests (429). Repeat later.{quoted}"
+    if status >= 500:
+        return f"the Hub failed ({status}). Repeat later; files that arrived are not sent again.{quoted}"
+    return f"the Hub refuses it ({status}).{quoted}"

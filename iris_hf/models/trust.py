@@ -1,0 +1,82 @@
+"""What a model's folder from elsewhere must not do: run code, or load anything but the weights in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from iris_hf.errors import DataError
+
+HERE = "."
+"""What a stored recipe calls its own folder."""
+
+_ELSEWHERE = ("weights", "checkpoint_path", "cache_dir")
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: If it is none.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DataError(f"{str(file)!r} is no JSON: {error}") from error
+
+
+def refuse_code(folder: Path) -> None:
+    """Make sure that everything in a folder of transformers is of a type that transformers has itself.
+
+    Raises:
+        DataError: If a file names code of its own for an unknown type, or a shard of the weights outside the folder.
+    """
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    for name, key in (
+        ("config.json", "model_type"),
+        ("preprocessor_config.json", "image_processor_type"),
+        ("tokenizer_config.json", "tokenizer_class"),
+    ):
+        file = folder / name
+        content = read_json(file) if file.is_file() else {}
+        if not isinstance(content, dict):
+            raise DataError(f"{str(file)!r} must hold a JSON object, got a {type(content).__name__}.")
+        kind = str(content.get(key))
+        is_known = kind in CONFIG_MAPPING if key == "model_type" else hasattr(transformers, kind)
+        if "auto_map" in content and not is_known:
+            raise DataError(
+                f"{str(file)!r} names the {key} {kind!r}, which transformers does not have, and code of "
+                "its own (auto_map), which is not run. If you trust it, load it with transformers and save it anew."
+            )
+    index = folder / "model.safetensors.index.json"
+    shards = read_json(index).get("weight_map", {}).values() if index.is_file() else ()
+    for shard in shards:
+        if Path(str(shard)).name != shard:
+            raise DataError(f"{str(index)!r} names the weights {shard!r}, which are outside its folder.")
+
+
+def refuse_other_sources(value: Any, file: Path) -> None:
+    """Make sure that a recipe loads nothing: what it describes gets the weights and the tokenizer beside it.
+
+    Args:
+        value: The recipe as stored, or a part of it.
+        file: Where it comes from, for the message.
+
+    Raises:
+        DataError: If it names weights, a tokenizer or a repository.
+    """
+    if isinstance(value, list):
+        for item in value:
+            refuse_other_sources(item, file)
+    if not isinstance(value, dict):
+        return
+    for key, item in value.items():
+        if key == "name_or_path" and isinstance(item, dict):
+            continue  # a whole configuration of transformers, which loads nothing
+        other_tokenizer = key == "tokenizer" and item not in (None, HERE)
+        if other_tokenizer or ((key == "name_or_path" or "pretrained" in key or key in _ELSEWHERE) and item):
+            raise DataError(f"{str(file)!r} would load {key}={item!r}. Only what lies beside it is loaded.")
+        refuse_other_sources(item, file)

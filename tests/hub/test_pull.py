@@ -1,0 +1,179 @@
+import json
+import pickle
+import struct
+from pathlib import Path
+
+import hub_client
+import numpy as np
+import pytest
+from launching import run_python
+
+from iris_hf.errors import ConfigError, DataError
+
+
+class Bomb:
+    """Leaves a trace where it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def timm_files(hub, client, name="alice/model"):
+    if f"models/{name}" not in hub.repositories:
+        client(hub_client.push, "timm-resnet", name)
+    return hub.files(f"models/{name}")
+
+
+def test_missing_repository_and_missing_revision_are_told_apart(client, hub):
+    timm_files(hub, client)
+    with pytest.raises(DataError, match=r"'alice/none' is no folder, and the Hub has no repository 'alice/none'"):
+        client(hub_client.pull, "alice/none", "timm-resnet")
+    with pytest.raises(ConfigError, match=r"revision of 'alice/model'.*'v9'.*main"):
+        client(hub_client.pull, "alice/model", "timm-resnet", revision="v9")
+    with pytest.raises(DataError, match=r"is no name of a repository"):
+        client(hub_client.pull, "no/such/folder", "timm-resnet")
+
+
+def test_a_local_folder_has_no_revision(client, hub, tmp_path):
+    with pytest.raises(DataError, match=r"is a local folder, which has no revision 'v1'"):
+        client(hub_client.pull, str(tmp_path), "timm-resnet", revision="v1")
+
+
+def test_the_cache_serves_without_the_hub(client, hub, environment):
+    timm_files(hub, client)
+    expected = client(hub_client.pull, "alice/model", "timm-resnet")
+    hub.requests.clear()
+    offline = client(hub_client.pull, "alice/model", "timm-resnet", local_files_only=True)
+    assert all(np.array_equal(a, b) for a, b in zip(offline, expected, strict=True))
+    with pytest.raises(DataError, match=r"'alice/none' is not in the cache.*local_files_only.*Fetch it once"):
+        client(hub_client.pull, "alice/none", "timm-resnet", local_files_only=True)
+    with pytest.raises(DataError, match=r"'alice/model' at revision 'v9' is not in the cache"):
+        client(hub_client.pull, "alice/model", "timm-resnet", revision="v9", local_files_only=True)
+    assert not hub.requests
+
+    program = (
+        "from iris_hf.models.hub import from_pretrained\n"
+        "print(type(from_pretrained('alice/model')).__name__)\n"
+        "try:\n    from_pretrained('alice/none')\nexcept ValueError as error:\n    print(error)\n"
+    )
+    done = run_python("-c", program, **{**environment, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ImageClassifier\n")
+    assert "'alice/none' is not in the cache" in done.stdout
+    assert not hub.requests
+
+
+def test_an_unreachable_hub_is_named(environment):
+    program = (
+        "from iris_hf.models.hub import from_pretrained\n"
+        "try:\n    from_pretrained('alice/far')\nexcept ValueError as error:\n    print(error)\n"
+    )
+    done = run_python("-c", program, **{**environment, "HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert "the Hub at http://127.0.0.1:9 cannot be reached" in done.stdout, done.stderr
+
+
+def test_a_failing_hub_is_named(client, hub):
+    hub.plant("models/alice/failing", {"config.json": b"{}"})
+    hub.fail("GET", "/api/models/alice/failing", 500, times=100)
+    with pytest.raises(DataError, match=r"the Hub failed \(500\)"):
+        client(hub_client.pull, "alice/failing", "timm-resnet")
+
+
+def test_a_pickle_is_neither_fetched_nor_loaded(client, hub, tmp_path):
+    trace = tmp_path / "trace"
+    files = {n: c for n, c in timm_files(hub, client).items() if not n.endswith(".safetensors")}
+    hub.plant("models/alice/pickle", {**files, "pytorch_model.bin": pickle.dumps(Bomb(trace)), "evil.py": b"1 / 0"})
+    with pytest.raises(DataError, match=r"holds no weights \(\*\.safetensors\)"):
+        client(hub_client.pull, "alice/pickle", "timm-resnet")
+    fetched = [path for _, path, _ in hub.requests if "alice/pickle/resolve" in path]
+    assert fetched
+    assert not [path for path in fetched if path.endswith((".bin", ".py"))]
+    assert not trace.exists()
+
+
+def test_a_path_that_climbs_out_of_the_folder_is_left_out(client, hub, environment):
+    hub.plant("models/alice/climber", {**timm_files(hub, client), "../../../../climbed.json": b"{}"})
+    assert client(hub_client.pull, "alice/climber", "timm-resnet")
+    assert not list(Path(environment["HF_HOME"]).parent.rglob("climbed.json"))
+
+
+def test_code_in_a_configuration_is_not_run(client, hub, tmp_path):
+    client(hub_client.push, "hf-vit", "alice/vit")
+    files = hub.files("models/alice/vit")
+    config = json.loads(files["config.json"])
+    code = {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"}
+    evil = {"evil.py": f"open({str(tmp_path / 'trace')!r}, 'w')".encode()}
+
+    changed = json.dumps({**config, "model_type": "evil", "auto_map": code}).encode()
+    hub.plant("models/alice/coded", {**files, **evil, "config.json": changed})
+    with pytest.raises(DataError, match=r"names the model_type 'evil', which transformers does not have, and code"):
+        client(hub_client.pull, "alice/coded", "hf-vit")
+    hub.plant("models/alice/coded2", {"model.safetensors": files["model.safetensors"], **evil, "config.json": changed})
+    with pytest.raises(DataError, match=r"names the model_type 'evil'"):
+        client(hub_client.pull, "alice/coded2", "hf-vit")
+    changed = json.dumps({**config, "model_type": "evil"}).encode()
+    hub.plant("models/alice/coded3", {**files, "config.json": changed})
+    with pytest.raises(DataError, match=r"evil"):
+        client(hub_client.pull, "alice/coded3", "hf-vit")
+    changed = json.dumps({"image_processor_type": "Evil", "auto_map": {"AutoImageProcessor": "evil.Evil"}}).encode()
+    hub.plant("models/alice/coded4", {**files, **evil, "preprocessor_config.json": changed})
+    with pytest.raises(DataError, match=r"names the image_processor_type 'Evil'"):
+        client(hub_client.pull, "alice/coded4", "hf-vit")
+    assert not (tmp_path / "trace").exists()
+    changed = json.dumps({**config, "auto_map": code}).encode()  # a type that transformers has: its own code runs
+    hub.plant("models/alice/coded5", {**files, **evil, "config.json": changed})
+    assert client(hub_client.pull, "alice/coded5", "hf-vit")
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pretrained": True}, r"would load pretrained=True. Only what lies beside it is loaded"),
+        ({"weights": "weights.pth"}, r"would load weights='weights.pth'"),
+        ({"config": {"checkpoint_path": "x.pth"}}, r"would load checkpoint_path='x.pth'"),
+        ({"tokenizer": "mallory/tokens"}, r"would load tokenizer='mallory/tokens'"),
+        ({"shell": "rm"}, r"describes no model that can be made.*shell"),
+    ],
+)
+def test_a_recipe_loads_nothing_from_elsewhere(arguments, message, client, hub):
+    files = timm_files(hub, client)
+    recipe = json.loads(files["iris_hf.json"])
+    recipe["arguments"] |= arguments
+    name = f"alice/recipe-{next(iter(arguments))}"
+    hub.plant(f"models/{name}", {**files, "iris_hf.json": json.dumps(recipe).encode()})
+    with pytest.raises(DataError, match=message):
+        client(hub_client.pull, name, "timm-resnet")
+
+
+def test_an_unknown_factory_is_refused(client, hub):
+    files = timm_files(hub, client)
+    for i, factory in enumerate(("os.system", "torch.nn.Module", "evil")):
+        recipe = json.dumps({"format": 1, "factory": factory, "arguments": {"command": "true"}}).encode()
+        hub.plant(f"models/alice/factory{i}", {**files, "iris_hf.json": recipe})
+        with pytest.raises(ConfigError, match=r"Unknown (model factory|layer)"):
+            client(hub_client.pull, f"alice/factory{i}", "timm-resnet")
+
+
+def test_broken_weights_are_refused_by_name(client, hub):
+    files = timm_files(hub, client)
+    weights = files["model.safetensors"]
+    hub.plant("models/alice/cut", {**files, "model.safetensors": weights[: len(weights) // 2]})
+    with pytest.raises(DataError, match=r"model.safetensors' is cut short"):
+        client(hub_client.pull, "alice/cut", "timm-resnet")
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    other = struct.pack("<Q", len(header)) + header + bytes(4)
+    hub.plant("models/alice/misfit", {**files, "model.safetensors": other})
+    with pytest.raises(DataError, match=r"don't fit the model.*missing.*superfluous: a"):
+        client(hub_client.pull, "alice/misfit", "timm-resnet")
+
+
+def test_shards_outside_the_folder_are_refused(client, hub):
+    client(hub_client.push, "hf-vit", "alice/vit")
+    index = json.dumps({"metadata": {}, "weight_map": {"w": "../../other.safetensors"}}).encode()
+    hub.plant("models/alice/shards", {**hub.files("models/alice/vit"), "model.safetensors.index.json": index})
+    with pytest.raises(DataError, match=r"names the weights '../../other.safetensors', which are outside its folder"):
+        client(hub_client.pull, "alice/shards", "hf-vit")
