@@ -21,7 +21,8 @@ def collate(examples: Sequence[Any]) -> tuple[Any, Any]:
     | tensors of one shape | `[N, ...]` |
     | tensors of several shapes, PIL images, strings | list of N |
     | tuples, such as (image, tokens) | tuple of batches |
-    | mappings, such as a tokenizer gives | dict of batches |
+    | mappings | dict of batches |
+    | mappings with an `attention_mask`, such as a tokenizer gives | dict of `[N, L]`, zeros after the shorter texts |
 
     | targets | targets_batch |
     |---|---|
@@ -72,7 +73,8 @@ def _batch_inputs(values: list[Any], what: str) -> Any:
                     f"The {what} of example {position} of the batch has the keys {sorted(value)}, "
                     f"the first {sorted(first)}."
                 )
-        return {key: _batch_inputs([value[key] for value in values], f"{what}[{key!r}]") for key in first}
+        batch = _pad_tokens if "attention_mask" in first else _batch_inputs
+        return {key: batch([value[key] for value in values], f"{what}[{key!r}]") for key in first}
     if isinstance(first, tuple):
         _check_types(values, tuple, what)
         for position, value in enumerate(values):
@@ -91,6 +93,12 @@ def _batch_inputs(values: list[Any], what: str) -> Any:
         f"The {what} of example 0 of the batch is {_describe(first)}. Use tensors (give a transform that makes them), "
         "PIL images, strings, or tuples and dicts of these; or pass your own collate_function."
     )
+
+
+def _pad_tokens(values: list[Any], what: str) -> Any:
+    if all(isinstance(value, Tensor) and value.dim() == 1 for value in values):
+        return torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
+    return _batch_inputs(values, what)
 
 
 def _batch_targets(targets: list[Any]) -> Any:

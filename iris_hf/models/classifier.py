@@ -24,6 +24,7 @@ class ImageEncoder(nn.Module):
         network: Takes normalised images `[N, 3, H, W]`.
         output: The key of the network's output that is wanted, or None where that is a tensor.
         image_spec: The images it takes.
+        feature_dim: Length of a feature vector, or None if unknown.
         target_type: None, as for every encoder.
         num_classes: 0, as for every encoder.
         class_names: None, as for every encoder.
@@ -33,9 +34,12 @@ class ImageEncoder(nn.Module):
     num_classes = 0
     class_names = None
 
-    def __init__(self, network: nn.Module, image_spec: ImageSpec, *, output: str | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, image_spec: ImageSpec, *, output: str | None = None, feature_dim: int | None = None
+    ) -> None:
         super().__init__()
         self.image_spec = image_spec
+        self.feature_dim = feature_dim
         self.output = output
         self.normalize = Normalize(image_spec)
         self.network = network

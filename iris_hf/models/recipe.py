@@ -25,8 +25,12 @@ _FACTORIES: dict[str, Callable[..., nn.Module]] = {}
 _BUILT_IN = {
     "append_classifier": "iris_hf.models.classifier",
     "create_hf_model": "iris_hf.models.sources.transformers",
+    "create_hf_text_encoder": "iris_hf.models.sources.text_encoders",
     "create_open_clip_model": "iris_hf.models.sources.open_clip",
     "create_timm_model": "iris_hf.models.sources.timm",
+    "make_feature_extractor_model": "iris_hf.models.feature_extractor",
+    "make_image_text_contrastive_model": "iris_hf.models.contrastive",
+    "split_tower": "iris_hf.models.contrastive",
 }
 _LAYERS: dict[str, tuple[str, ...]] = {
     "BatchNorm1d": ("num_features", "eps", "momentum", "affine", "track_running_stats"),

@@ -12,6 +12,7 @@ from iris_hf.models.image_spec import ImageSpec
 
 _MIN_SCALES = {"detection": 0.5, "segmentation": 0.5}
 _RATIO = (3 / 4, 4 / 3)
+_ABSENT: Any = object()
 
 Step = tuple[str, dict[str, Any]]
 """A function of torchvision.transforms.v2.functional that acts alike on images, boxes and masks; its arguments."""
@@ -78,7 +79,7 @@ class ImageTransform:
         self.horizontal_flip = horizontal_flip
         self.min_scale = min_scale
 
-    def __call__(self, image: Any, target: Any = None) -> Any:
+    def __call__(self, image: Any, target: Any = _ABSENT) -> Any:
         """Transform an image and its target.
 
         Args:
@@ -88,7 +89,7 @@ class ImageTransform:
                 `[num_classes, H, W]` are resized to the nearest pixel.
 
         Returns:
-            A float32 tensor `[3, H, W]` in [0, 1], and the target (left out if there was none).
+            A float32 tensor `[3, H, W]` in [0, 1], and the target (left out if none was given; None stays None).
 
         Raises:
             DataError: If boxes or masks have another format or size.
@@ -104,8 +105,10 @@ class ImageTransform:
                 arguments = {**arguments, "interpolation": v2.InterpolationMode(self.spec.interpolation)}
             image = getattr(F, name)(image, **arguments)
         image = F.to_dtype(F.to_image(image), torch.float32, scale=True).as_subclass(Tensor)
-        if target is None:
+        if target is _ABSENT:
             return image
+        if target is None:
+            return image, None
         if self.target_type == "detection":
             target = _transform_boxes(target, (height, width), steps)
         elif self.target_type == "segmentation":

@@ -57,13 +57,21 @@ def test_pairs_of_image_and_tokens_become_a_pair_of_batches():
     assert targets.shape == (3,)
 
 
-def test_token_dicts_become_a_dict_of_batches():
-    tokens = {"input_ids": torch.arange(5), "attention_mask": torch.ones(5)}
-    ragged = {"input_ids": torch.arange(4), "attention_mask": torch.ones(5)}
-    (_, batch), targets = collate([((IMAGE, tokens), None), ((IMAGE, ragged), None)])
+def test_dicts_become_a_dict_of_batches():
+    examples = [((IMAGE, {"scores": torch.zeros(5), "ragged": torch.zeros(n)}), None) for n in (5, 4)]
+    (_, batch), targets = collate(examples)
     assert targets is None
-    assert batch["attention_mask"].shape == (2, 5)
-    assert [len(ids) for ids in batch["input_ids"]] == [5, 4]
+    assert batch["scores"].shape == (2, 5)
+    assert [len(row) for row in batch["ragged"]] == [5, 4]
+
+
+def test_token_dicts_of_uneven_length_are_padded_to_the_longest():
+    def encode(n):
+        return {"input_ids": torch.arange(1, n + 1), "attention_mask": torch.ones(n, dtype=torch.long)}
+
+    (_, tokens), _ = collate([((IMAGE, encode(n)), 0) for n in (2, 4, 1)])
+    assert tokens["input_ids"].tolist() == [[1, 2, 0, 0], [1, 2, 3, 4], [1, 0, 0, 0]]
+    assert tokens["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
 
 
 def test_bare_inputs_have_no_targets():

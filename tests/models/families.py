@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from iris_hf.models.classifier import append_classifier
+from iris_hf.models.contrastive import make_image_text_contrastive_model, split_image_text_model
 from iris_hf.models.sources.open_clip import create_open_clip_model
+from iris_hf.models.sources.text_encoders import create_hf_text_encoder
 from iris_hf.models.sources.timm import create_timm_model
 from iris_hf.models.sources.transformers import create_hf_model
 
@@ -164,18 +166,78 @@ FAMILIES = {
 }
 """Families that train and predict."""
 
-TOWERS = {
-    "open_clip": lambda: create_open_clip_model(
-        "ViT-B-32",
-        config={
-            "embed_dim": 16,
-            "vision_cfg": {"layers": 1, "width": 64, "patch_size": 16, "image_size": 32},
-            "text_cfg": {"layers": 1, "width": 16, "heads": 2},
-        },
-    ),
-    "timm-encoder": lambda: create_timm_model("resnet10t"),
+_TEXT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": 99,
+    "max_position_embeddings": 12,
 }
-"""Models without steps of their own."""
+_CLIP = {
+    "text_config": {**_TEXT, "bos_token_id": 97, "eos_token_id": 98, "pad_token_id": 98},
+    "vision_config": {**_VIT, "num_hidden_layers": 1},
+    "projection_dim": 24,
+}
+_SIGLIP = {
+    "text_config": {**_CLIP["text_config"], "projection_size": 32},
+    "vision_config": _CLIP["vision_config"],
+}
+_BERT = {**_TEXT, "type_vocab_size": 2, "bos_token_id": 97, "eos_token_id": 98, "pad_token_id": 0}
+_ROBERTA = {**_BERT, "max_position_embeddings": 14, "pad_token_id": 1}
+
+
+def _image_text(model_type: str, config: dict[str, Any]) -> Any:
+    return create_hf_model(model_type, target_type="image_text", pretrained=False, config=config)
+
+
+def _open_clip(**config: Any) -> Any:
+    small = {
+        "embed_dim": 16,
+        "vision_cfg": {"layers": 1, "width": 64, "patch_size": 16, "image_size": 32},
+        "text_cfg": {"layers": 1, "width": 16, "heads": 2},
+    }
+    return create_open_clip_model("ViT-B-32", config={**small, **config})
+
+
+def _dual_encoder(loss: Any) -> Any:
+    image_model, text_model = (
+        create_timm_model("resnet10t"),
+        create_hf_text_encoder("bert", pretrained=False, config=_BERT),
+    )
+    return make_image_text_contrastive_model(
+        image_model, text_model, loss=loss, image_feature_dim=512, text_feature_dim=16, projection_dim=8
+    )
+
+
+IMAGE_TEXT = {
+    "open_clip": _open_clip,
+    "open_clip-siglip": lambda: _open_clip(init_logit_bias=-10.0, init_logit_scale=2.3),
+    "timm-bert-clip": lambda: _dual_encoder("clip"),
+    "timm-bert-unicl": lambda: _dual_encoder("unicl"),
+    "timm-bert-siglip": lambda: _dual_encoder("siglip"),
+    "hf-clip": lambda: _image_text("clip", _CLIP),
+    "hf-metaclip_2": lambda: _image_text("metaclip_2", _CLIP),
+    "hf-chinese_clip": lambda: _image_text("chinese_clip", {**_CLIP, "text_config": _BERT}),
+    "hf-altclip": lambda: _image_text("altclip", {**_CLIP, "text_config": {**_ROBERTA, "project_dim": 20}}),
+    "hf-siglip": lambda: _image_text("siglip", _SIGLIP),
+}
+"""Image-text models. They take images `[N, 3, 32, 32]` and up to 12 tokens below 99."""
+
+TEXT_ENCODERS = {
+    "hf-bert": lambda: create_hf_text_encoder("bert", pretrained=False, config=_BERT),
+    "hf-roberta": lambda: create_hf_text_encoder("roberta", pretrained=False, pooling="cls", config=_ROBERTA),
+    "hf-bert-pooler": lambda: create_hf_text_encoder("bert", pretrained=False, pooling="pooler", config=_BERT),
+}
+
+TOWERS = {
+    **IMAGE_TEXT,
+    **TEXT_ENCODERS,
+    "timm-encoder": lambda: create_timm_model("resnet10t"),
+    "split-image": lambda: split_image_text_model(_image_text("clip", _CLIP)).image_model,
+    "split-text": lambda: split_image_text_model(_dual_encoder("clip")).text_model,
+}
+"""Models that have no classes of their own."""
 
 
 def of_target_type(*target_types: str) -> list[str]:
@@ -204,3 +266,23 @@ def make_batch(name: str, *, n: int = 2) -> tuple[torch.Tensor, Any]:
     masks = torch.nn.functional.one_hot(torch.randint(0, 3, (n, size, size)), 3).permute(0, 3, 1, 2).float()
     masks[..., :4] = 0  # pixels without a class
     return images, masks
+
+
+def make_pairs(n: int = 2) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Random images and tokens of uneven length for an image-text model, the same at every call."""
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(2, 97, (n, 8), generator=generator)
+    input_ids[:, -1] = 98
+    attention_mask = torch.ones_like(input_ids)
+    input_ids[0, 6:] = torch.tensor([98, 1])
+    attention_mask[0, 7:] = 0
+    images = torch.rand(n, 3, 32, 32, generator=generator)
+    return images, {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def make_inputs(name: str) -> Any:
+    """Inputs of a tower or an image-text model, the same at every call."""
+    images, tokens = make_pairs()
+    if name in IMAGE_TEXT:
+        return images, tokens
+    return tokens if name in TEXT_ENCODERS or name == "split-text" else images

@@ -16,18 +16,15 @@ from iris_hf.models.recipe import register_model_factory
 from iris_hf.models.sources.timm import create_timm_model
 from iris_hf.models.steps import as_predictor
 
-from .families import FAMILIES, NAMES, RESNET, TOWERS, make, make_batch
+from .families import FAMILIES, NAMES, RESNET, TOWERS, make, make_batch, make_inputs
 
 
 def predict(model, name):
     """All that a model gives for a batch, as one list of tensors."""
     model.eval()
     with torch.no_grad():
-        if name == "open_clip":
-            torch.manual_seed(1)
-            return list(model((torch.rand(2, 3, 32, 32), torch.randint(0, 1000, (2, 77)))))
-        images = make_batch(name)[0] if name in FAMILIES else torch.rand(2, 3, 32, 32, generator=torch.manual_seed(1))
-        return list(as_predictor(model)(images))
+        inputs = make_batch(name)[0] if name in FAMILIES else make_inputs(name)
+        return list(as_predictor(model)(inputs))
 
 
 def nudge(model):

@@ -340,7 +340,7 @@ def test_open_clip_towers_equal_the_whole_model():
     whole = open_clip.create_model("ViT-B-32", **architecture).eval()  # the class CLIP, one flat module
     state = open_clip.model.convert_to_custom_text_state_dict(whole.state_dict())
     model.image_model.network.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("visual.")})
-    model.text_model.load_state_dict({k[5:]: v for k, v in state.items() if k.startswith("text.")})
+    model.text_model.network.load_state_dict({k[5:]: v for k, v in state.items() if k.startswith("text.")})
     images, tokens = torch.rand(2, 3, 32, 32), create_tokenizer(model)(["a dog", "two cats"])
     mean, std = (
         torch.tensor(v).reshape(3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)

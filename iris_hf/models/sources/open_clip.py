@@ -1,4 +1,4 @@
-"""Image-text models of open_clip, as two towers, and tokenizers."""
+"""Image-text models of open_clip, and tokenizers."""
 
 from __future__ import annotations
 
@@ -9,56 +9,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from iris_hf.errors import ConfigError, DataError, unknown_name
-from iris_hf.models.batching import ImageBatch
+from iris_hf.errors import ConfigError, DataError, IrisHFError, unknown_name
+from iris_hf.losses.contrastive import ContrastiveKind
 from iris_hf.models.classifier import ImageEncoder
+from iris_hf.models.contrastive import ImageTextContrastiveModel, choose_loss
 from iris_hf.models.image_spec import ImageSpec, make_image_spec
 from iris_hf.models.recipe import record
+from iris_hf.models.sources.packaged import resolve_packaged
+from iris_hf.models.text_encoder import TextEncoder
 
 _RESIZE = {"shortest": "crop", "squash": "squash"}
-
-
-class ImageTextModel(nn.Module):
-    """An image tower and a text tower that map into one space.
-
-    Attributes:
-        image_model: Maps images `[N, 3, H, W]` in [0, 1] to features `[N, F]`.
-        text_model: Maps tokens `[N, L]` to features `[N, F]`.
-        logit_scale: What similarities are multiplied by, in log space.
-        logit_bias: What is added to them after that (SigLIP), or None.
-        target_type: `image_text`.
-        num_classes: None: a class is a text.
-        class_names: None.
-        image_spec: The images it takes.
-        tokenizer_name: The name that :func:`create_tokenizer` understands.
-    """
-
-    target_type = "image_text"
-    num_classes = None
-    class_names = None
-
-    def __init__(
-        self,
-        image_model: ImageEncoder,
-        text_model: nn.Module,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None,
-        tokenizer_name: str,
-    ) -> None:
-        super().__init__()
-        self.image_model = image_model
-        self.text_model = text_model
-        self.logit_scale = nn.Parameter(logit_scale.detach().clone())
-        self.logit_bias = None if logit_bias is None else nn.Parameter(logit_bias.detach().clone())
-        self.image_spec = image_model.image_spec
-        self.tokenizer_name = tokenizer_name
-
-    def forward(self, inputs: tuple[ImageBatch, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Map (images, tokens) to image features `[N, F]`, text features `[N, F]`, both of length 1, and exp(scale)."""
-        images, tokens = inputs
-        image_features = nn.functional.normalize(self.image_model(images), dim=-1)
-        text_features = nn.functional.normalize(self.text_model(tokens), dim=-1)
-        return image_features, text_features, self.logit_scale.exp()
+_PADDED_LENGTH = 77  # of CLIP; SigLIP takes 64
+_UNKNOWN_LENGTH = 100_000  # from here on, a length is transformers' way of saying that it does not know
+_DEFAULT_LENGTH = 512
 
 
 def create_open_clip_model(
@@ -67,8 +30,9 @@ def create_open_clip_model(
     pretrained: str | None = None,
     config: Mapping[str, Any] | None = None,
     image_spec: ImageSpec | Mapping[str, Any] | None = None,
-) -> ImageTextModel:
-    """Make an open_clip model that takes images in [0, 1].
+    loss: ContrastiveKind | None = None,
+) -> ImageTextContrastiveModel:
+    """Make an open_clip model, an image tower and a text tower, that takes images in [0, 1].
 
     Args:
         name: An architecture that open_clip knows, such as `ViT-B-32`.
@@ -77,9 +41,12 @@ def create_open_clip_model(
         config: Changes to the architecture, as in open_clip's own JSON files:
             `{"embed_dim": 64, "vision_cfg": {"layers": 2}, "text_cfg": {"layers": 2}}`.
         image_spec: Fields of :class:`iris_hf.models.image_spec.ImageSpec` to change.
+        loss: What trains it: `siglip` for architectures with a bias of the logits, `clip` or `unicl` for others. None
+            takes the first that fits.
 
     Raises:
-        ConfigError: If the name, or a part of the configuration, is unknown, or the model has no two plain towers.
+        ConfigError: If the name, or a part of the configuration, is unknown, the model has no two plain towers, or
+            the loss is not for it.
         DataError: If the weights cannot be had.
     """
     import open_clip
@@ -112,23 +79,50 @@ def create_open_clip_model(
     fields = {k: known[k] for k in ("mean", "std", "interpolation")}
     fields.update(height=height, width=width, resize=_RESIZE.get(known["resize_mode"], "squash"))
     spec = make_image_spec(fields, image_spec)
-    model = ImageTextModel(
-        ImageEncoder(whole.visual, spec), whole.text, whole.logit_scale, whole.logit_bias, tokenizer_name=name
+    feature_dim = architecture["embed_dim"]
+    text_model = TextEncoder(
+        whole.text,
+        pooling=None,
+        feature_dim=feature_dim,
+        max_length=architecture["text_cfg"].get("context_length", _PADDED_LENGTH),
+        pad_token_id=_pad_token_id(whole.text),
+        tokenizer_name=name,
     )
-    return record(model, "create_open_clip_model", name=name, config=config, image_spec=spec)
+    model = ImageTextContrastiveModel(
+        ImageEncoder(whole.visual, spec, feature_dim=feature_dim),
+        text_model,
+        loss=choose_loss(loss, has_bias=whole.logit_bias is not None, what=name),
+        logit_scale=whole.logit_scale,
+        logit_bias=whole.logit_bias,
+    )
+    return record(model, "create_open_clip_model", name=name, config=config, image_spec=spec, loss=loss)
 
 
 class Tokenizer:
-    """Turns a text into tokens of one length. Picklable. Made by :func:`create_tokenizer`.
+    """Turns a text into tokens. Picklable. Made by :func:`create_tokenizer`.
 
     Attributes:
         name: Where it comes from.
+        max_length: The largest number of tokens it gives; longer texts are cut.
+        pads: Whether it gives that number always. Otherwise a text has as many tokens as it needs, and
+            :func:`iris_hf.collate` pads the texts of a batch to the longest among them.
     """
 
-    def __init__(self, name: str, function: Any, *, transformers: bool) -> None:
+    def __init__(self, name: str, function: Any, *, max_length: int, pads: bool, transformers: bool) -> None:
         self.name = name
+        self.max_length = max_length
+        self.pads = pads
         self._function = function
         self._transformers = transformers
+
+    @property
+    def is_of_transformers(self) -> bool:
+        """Whether it comes from transformers; otherwise from open_clip."""
+        return self._transformers
+
+    def save(self, folder: str | Path) -> None:
+        """Write a tokenizer of transformers into a folder, whose name :func:`create_tokenizer` then understands."""
+        self._function.save_pretrained(folder)
 
     def __call__(self, text: str | Sequence[str]) -> Any:
         """Tokenize.
@@ -137,45 +131,87 @@ class Tokenizer:
             text: One text, or N.
 
         Returns:
-            int64 tokens `[L]`, or `[N, L]` for N texts. A tokenizer of transformers gives a dict of such tensors,
-            `input_ids` and `attention_mask` among them.
+            int64 tokens `[L]`, or `[N, L]` for N texts. A tokenizer of transformers gives a dict of such tensors:
+            `input_ids` and what else its models take, `attention_mask` as a rule.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if self._transformers:
-            encoded = self._function(texts, padding="max_length", truncation=True, return_tensors="pt")
+            padding = "max_length" if self.pads else "longest"
+            encoded = self._function(
+                texts, padding=padding, truncation=True, max_length=self.max_length, return_tensors="pt"
+            )
             return {k: v[0] if isinstance(text, str) else v for k, v in encoded.items()}
-        tokens: Tensor = self._function(texts)
+        tokens: Tensor = self._function(texts, context_length=self.max_length)
         return tokens[0] if isinstance(text, str) else tokens
 
 
-def create_tokenizer(name_or_model: str | nn.Module) -> Tokenizer:
+def create_tokenizer(name_or_model: str | Path | nn.Module, *, max_length: int | None = None) -> Tokenizer:
     """Make the tokenizer of a model.
 
+    Texts that are too long are cut. By default the tokenizers of CLIP-like models, which take at most 77 tokens, pad
+    every text to the length that the model takes: they were trained so. Others pad nothing.
+
     Args:
-        name_or_model: A model of :func:`create_open_clip_model`; the name of an open_clip architecture; or a
-            repository or local folder with a tokenizer of transformers.
+        name_or_model: An image-text model, its text part or a text encoder; the name of an open_clip architecture; or
+            a repository, local folder or `pip:` name with a tokenizer of transformers.
+        max_length: Every text gets exactly this number of tokens, cut or padded; None takes what the model does.
 
     Raises:
-        ConfigError: If the model has no tokenizer, or the name stands for none.
+        ConfigError: If the model has no tokenizer, the name stands for none, or `max_length` is not positive or more
+            than the model takes.
     """
+    name = getattr(name_or_model, "tokenizer_name", None) if isinstance(name_or_model, nn.Module) else name_or_model
+    if name is None:
+        raise ConfigError(f"{type(name_or_model).__name__} has no tokenizer. Pass the name of one.")
+    if max_length is not None and max_length < 1:
+        raise ConfigError(f"max_length must be positive, got {max_length}.")
+    text_model = getattr(name_or_model, "text_model", name_or_model)
+    limit = getattr(text_model, "max_length", None)
+    if max_length is not None and limit is not None and max_length > limit:
+        raise ConfigError(f"max_length={max_length}, but the model takes at most {limit} tokens.")
+    name = str(name)
+    if _is_open_clip(name):
+        return _open_clip_tokenizer(name, max_length or limit)
+    function = _load_hf_tokenizer(name)
+    known = [n for n in (function.model_max_length, limit) if n is not None and n < _UNKNOWN_LENGTH]
+    longest = min(known, default=_DEFAULT_LENGTH)
+    pads = max_length is not None or longest <= _PADDED_LENGTH
+    return Tokenizer(name, function, max_length=max_length or longest, pads=pads, transformers=True)
+
+
+def _pad_token_id(text: Any) -> int | None:
+    """What a text tower of open_clip, its own or one around a model of transformers, takes for padding."""
+    pad_id: int | None = getattr(text, "pad_id", None)
+    return getattr(getattr(text, "config", None), "pad_token_id", None) if pad_id is None else pad_id
+
+
+def _is_open_clip(name: str) -> bool:
     import open_clip
 
-    name = name_or_model if isinstance(name_or_model, str) else getattr(name_or_model, "tokenizer_name", None)
-    if not isinstance(name, str):
-        raise ConfigError(f"{type(name_or_model).__name__} has no tokenizer. Pass the name of one.")
-    if name in open_clip.list_models():
-        return Tokenizer(name, open_clip.get_tokenizer(name), transformers=False)
+    return name in open_clip.list_models()
+
+
+def _open_clip_tokenizer(name: str, max_length: int | None) -> Tokenizer:
+    import open_clip
+
+    try:
+        function = open_clip.get_tokenizer(name, context_length=max_length)
+    except Exception as error:
+        raise ConfigError(f"The tokenizer of {name} cannot be had: {error}") from error
+    return Tokenizer(name, function, max_length=function.context_length, pads=True, transformers=False)
+
+
+def _load_hf_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(resolve_packaged(name))
+    except IrisHFError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"{name!r} is no architecture of open_clip, and transformers finds no tokenizer there: {error}"
         ) from error
-    if tokenizer.model_max_length > 100_000:  # transformers' way of saying that it does not know
-        tokenizer.model_max_length = 77
-    return Tokenizer(name, tokenizer, transformers=True)
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

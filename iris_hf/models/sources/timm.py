@@ -45,7 +45,8 @@ def create_timm_model(
 
     Args:
         name: A name that timm knows, such as `resnet18` or `vit_tiny_patch16_224.augreg_in21k_ft_in1k`.
-        num_classes: Outputs of the classifier; 0 gives an encoder whose forward returns pooled features `[N, F]`.
+        num_classes: Outputs of the classifier; 0 gives an encoder whose forward returns pooled features `[N, F]`, with
+            F as its `feature_dim`.
         pretrained: Whether timm fetches the weights that belong to the name.
         target_type: What a classifier is trained for.
         class_names: Names of the classes, as many as there are.
@@ -85,7 +86,8 @@ def create_timm_model(
             known.update(PACKAGED_WEIGHTS[str(weights)]["image_spec"])
         _load_weights(network, weights, name)
     spec = make_image_spec(known, image_spec)
-    encoder = ImageEncoder(network, spec)
+    feature_dim = network.num_classes or getattr(network, "head_hidden_size", network.num_features)
+    encoder = ImageEncoder(network, spec, feature_dim=feature_dim)
     model: ImageEncoder | ImageClassifier = encoder
     if num_classes:
         model = ImageClassifier(

@@ -1,4 +1,4 @@
-"""Models of transformers: classification, detection and segmentation of images."""
+"""Models of transformers: classification, detection and segmentation of images, and image-text models."""
 
 from __future__ import annotations
 
@@ -12,22 +12,27 @@ import torch
 from torch import nn
 
 from iris_hf.errors import ConfigError, DataError, unknown_name
+from iris_hf.losses.contrastive import ContrastiveKind
 from iris_hf.models.classifier import ImageClassifier, ImageEncoder
+from iris_hf.models.contrastive import ImageTextContrastiveModel
 from iris_hf.models.detector import ImageDetector
 from iris_hf.models.image_spec import ImageSpec, Normalize, make_image_spec
 from iris_hf.models.recipe import record
 from iris_hf.models.segmenter import ImageSegmenter
+from iris_hf.models.sources.image_text import IMAGE_TEXT_TYPES, from_towers, to_towers
+from iris_hf.models.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-HFModel = ImageClassifier | ImageDetector | ImageSegmenter
+HFModel = ImageClassifier | ImageDetector | ImageSegmenter | ImageTextContrastiveModel
 
 _AUTO_CLASSES = {
     "multiclass": "AutoModelForImageClassification",
     "multilabel": "AutoModelForImageClassification",
     "detection": "AutoModelForObjectDetection",
     "segmentation": "AutoModelForSemanticSegmentation",
+    "image_text": "AutoModelForZeroShotImageClassification",
 }
 _PROBLEM_TYPES = {"multiclass": "single_label_classification", "multilabel": "multi_label_classification"}
 _OLD_FIELDS = ("backbone", "backbone_kwargs", "use_pretrained_backbone", "use_timm_backbone")  # still understood by 5.x
@@ -37,13 +42,15 @@ _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's n
 def create_hf_model(
     name_or_path: str | Path | PretrainedConfig | Mapping[str, Any],
     *,
-    target_type: Literal["multiclass", "multilabel", "detection", "segmentation"],
+    target_type: Literal["multiclass", "multilabel", "detection", "segmentation", "image_text"],
     class_names: Sequence[str] | None = None,
     pretrained: bool = True,
     config: Mapping[str, Any] | None = None,
     image_spec: ImageSpec | Mapping[str, Any] | None = None,
     score_threshold: float = 0.0,
     max_detections: int = 100,
+    loss: ContrastiveKind | None = None,
+    tokenizer: str | Path | None = None,
 ) -> HFModel:
     """Make a transformers model that takes images in [0, 1] and speaks the model interface.
 
@@ -52,18 +59,22 @@ def create_hf_model(
             `vit`, or a whole configuration: an object of transformers, or a dict that holds `model_type`.
         target_type: What the model is for.
         class_names: Names of the classes; a head for another number of classes than the weights have is
-            initialised anew. None keeps the classes of the weights.
+            initialised anew. None keeps the classes of the weights. An image_text model has none.
         pretrained: Whether to load the weights of `name_or_path` (safetensors; a pickle is refused). Otherwise only
             its configuration is used, and weights are random.
         config: Fields of the configuration to change, such as `{"hidden_size": 64}`.
         image_spec: Fields of :class:`iris_hf.models.image_spec.ImageSpec` to change. By default they come from the
-            image processor of `name_or_path`; a bare configuration gets mean = std = 0.5 and its own image size.
+            image processor of `name_or_path`; a bare configuration gets mean = std = 0.5 (CLIP: its own) and its own
+            image size.
         score_threshold: For detection: predictions of lower probability are left out.
         max_detections: For detection: the largest number of boxes predicted for an image.
+        loss: For image_text: `siglip` for models with a bias of the logits, `clip` or `unicl` for others. None takes
+            the first that fits.
+        tokenizer: For image_text: the repository or folder of its tokenizer; None: `name_or_path`, if it has one.
 
     Raises:
         ConfigError: If a name or field is unknown, the type has no model for the target type, weights are asked of a
-            configuration, or there are no class names.
+            configuration, there are no class names, or the loss is not for the model.
         DataError: If the folder or its weights cannot be read.
     """
     return _create(
@@ -75,6 +86,8 @@ def create_hf_model(
         image_spec=image_spec,
         score_threshold=score_threshold,
         max_detections=max_detections,
+        loss=loss,
+        tokenizer=tokenizer,
         exact=False,
     )
 
@@ -95,17 +108,22 @@ def load_hf_model(folder: Path, *, target_type: str | None = None, **arguments: 
 
 
 def hf_network(model: nn.Module) -> Any:
-    """The transformers model that a model made by :func:`create_hf_model` wraps, or None."""
+    """The transformers model that a model of `create_hf_model` or `create_hf_text_encoder` wraps, or None."""
+    if isinstance(model, ImageTextContrastiveModel):
+        return from_towers(model)
     if isinstance(model, ImageClassifier):
         model = model.network
-    network = model.network if isinstance(model, ImageEncoder | ImageDetector | ImageSegmenter) else None
+    wrappers = ImageEncoder | ImageDetector | ImageSegmenter | TextEncoder
+    network = model.network if isinstance(model, wrappers) else None
     return network if hasattr(network, "save_pretrained") and hasattr(network, "config") else None
 
 
-def save_image_processor(model: HFModel, folder: Path) -> None:
-    """Write the image processor with which plain transformers prepares images for a model."""
+def save_image_processor(model: HFModel | TextEncoder, folder: Path) -> None:
+    """Write the image processor with which plain transformers prepares images for a model, if it takes any."""
     import transformers
 
+    if isinstance(model, TextEncoder):
+        return
     processor = model.__dict__.get("_image_processor")
     if processor is not None:
         processor.save_pretrained(folder)
@@ -147,32 +165,32 @@ def _create(
     image_spec: ImageSpec | Mapping[str, Any] | None = None,
     score_threshold: float = 0.0,
     max_detections: int = 100,
+    loss: ContrastiveKind | None = None,
+    tokenizer: str | Path | None = None,
     exact: bool,
 ) -> HFModel:
     import transformers
 
     if target_type is not None and target_type not in _AUTO_CLASSES:
         raise unknown_name("target_type of a transformers model", target_type, _AUTO_CLASSES)
-    settings = _make_config(source, config or {}, pretrained=pretrained)
+    settings = make_config(source, config or {}, pretrained=pretrained)
     target_type = target_type or _infer_target_type(settings, source)
-    if class_names is None:
-        if not pretrained:
-            raise ConfigError("A model without pretrained weights needs class_names.")
-        class_names = [str(settings.id2label[i]) for i in range(settings.num_labels)]
-    if not class_names or isinstance(class_names, str):
-        raise ConfigError(f"class_names must be a list of at least one name, got {class_names!r}.")
-    settings.id2label = dict(enumerate(map(str, class_names)))
-    settings.label2id = {name: i for i, name in settings.id2label.items()}
-    if target_type in _PROBLEM_TYPES:
-        settings.problem_type = _PROBLEM_TYPES[target_type]
+    _check_options(target_type, loss=loss, tokenizer=tokenizer)
+    class_names = _set_classes(settings, target_type, class_names, pretrained=pretrained)
 
     auto_class = getattr(transformers, _AUTO_CLASSES[target_type])
-    supported = auto_class._model_mapping
-    if type(settings) not in supported:
-        known = {c.model_type for c in supported}
-        raise unknown_name(f"model type for {target_type} ({_AUTO_CLASSES[target_type]})", settings.model_type, known)
+    supported = {c.model_type: c for c in auto_class._model_mapping}
+    if target_type == "image_text":
+        supported = {k: v for k, v in supported.items() if k in IMAGE_TEXT_TYPES}
+    if type(settings) not in supported.values():
+        what = f"model type for {target_type} ({_AUTO_CLASSES[target_type]})"
+        raise unknown_name(what, settings.model_type, supported)
     if pretrained:
-        network = _load_network(auto_class, str(source), settings, exact=exact)
+        network, wrong = load_network(auto_class, str(source), settings, exact=exact)
+        if not exact and target_type == "image_text":  # it gets no new head: all that it needs has to be there
+            wrong.pop("unexpected_keys", None)
+        if exact or target_type == "image_text":
+            refuse_wrong_weights(source, wrong)
     else:
         network = auto_class.from_config(settings)
         for name, parameter in network.named_parameters():
@@ -180,10 +198,12 @@ def _create(
                 parameter.requires_grad_(True)
     network.train()
 
-    is_stored = isinstance(source, str | Path) and not _is_model_type(source, pretrained)
-    processor = _load_processor(str(source)) if is_stored else None
+    stored = str(source) if is_stored(source, pretrained) else None
+    processor = None if stored is None else _load_processor(stored)
     fields = _fields_of_processor(processor) if processor is not None else _fields_of_config(settings, target_type)
     fields["variable_size"] = target_type == "detection" or not _has_fixed_size(network)
+    if target_type == "image_text":
+        fields["variable_size"] = False
     spec = make_image_spec(fields, image_spec)
 
     model: HFModel
@@ -198,6 +218,10 @@ def _create(
         extra: dict[str, Any] = {"score_threshold": score_threshold, "max_detections": max_detections}
     elif target_type == "segmentation":
         model, extra = ImageSegmenter(network, class_names=class_names, image_spec=spec), {}
+    elif target_type == "image_text":
+        tokenizer = find_tokenizer(stored, tokenizer)
+        model, extra = to_towers(network, spec, loss=loss, tokenizer_name=tokenizer), {"tokenizer": tokenizer}
+        extra["loss"] = loss
     else:
         model = ImageClassifier(
             ImageEncoder(network, spec, output="logits"),
@@ -215,15 +239,54 @@ def _create(
     return record(
         model,
         "create_hf_model",
-        name_or_path=json.loads(
-            json.dumps(settings.to_dict(), default=lambda dtype: str(dtype).removeprefix("torch."))
-        ),
+        name_or_path=describe_config(settings),
         target_type=target_type,
-        class_names=class_names,
+        class_names=class_names or None,
         pretrained=False,
         image_spec=spec,
         **extra,
     )
+
+
+def find_tokenizer(source: str | None, tokenizer: str | Path | None) -> str | None:
+    """The name of the tokenizer that was asked for, or else of that in a repository or folder, if it may have one."""
+    if tokenizer is not None or source is None:
+        return None if tokenizer is None else str(tokenizer)
+    folder = Path(source)
+    files = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
+    return source if not folder.is_dir() or any((folder / file).is_file() for file in files) else None
+
+
+def _check_options(target_type: str, **options: object) -> None:
+    for name, value in options.items():
+        if target_type != "image_text" and value is not None:
+            raise ConfigError(f"{name}={value!r} is for target_type='image_text', not for {target_type!r}.")
+
+
+def _set_classes(
+    settings: Any, target_type: str, class_names: Sequence[str] | None, *, pretrained: bool
+) -> Sequence[str]:
+    """Write the classes into a configuration, and return them; image-text models have none."""
+    if target_type == "image_text":
+        if class_names is not None:
+            raise ConfigError(f"An image_text model has no classes, got class_names={class_names!r}. Leave them out.")
+        return ()
+    if class_names is None:
+        if not pretrained:
+            raise ConfigError("A model without pretrained weights needs class_names.")
+        class_names = [str(settings.id2label[i]) for i in range(settings.num_labels)]
+    if not class_names or isinstance(class_names, str):
+        raise ConfigError(f"class_names must be a list of at least one name, got {class_names!r}.")
+    settings.id2label = dict(enumerate(map(str, class_names)))
+    settings.label2id = {name: i for i, name in settings.id2label.items()}
+    if target_type in _PROBLEM_TYPES:
+        settings.problem_type = _PROBLEM_TYPES[target_type]
+    return class_names
+
+
+def is_stored(source: object, pretrained: bool) -> bool:
+    """Whether a source means a repository or folder."""
+    return isinstance(source, str | Path) and not _is_model_type(source, pretrained)
 
 
 def _is_model_type(source: Any, pretrained: bool) -> bool:
@@ -233,7 +296,15 @@ def _is_model_type(source: Any, pretrained: bool) -> bool:
     return not pretrained and str(source) in CONFIG_MAPPING
 
 
-def _make_config(source: Any, changes: Mapping[str, Any], *, pretrained: bool) -> Any:
+def describe_config(settings: Any) -> dict[str, Any]:
+    """A configuration as JSON values."""
+    described: dict[str, Any] = json.loads(
+        json.dumps(settings.to_dict(), default=lambda dtype: str(dtype).removeprefix("torch."))
+    )
+    return described
+
+
+def make_config(source: Any, changes: Mapping[str, Any], *, pretrained: bool) -> Any:
     """The configuration that is asked for, as an object of our own."""
     import transformers
     from transformers import CONFIG_MAPPING, AutoConfig
@@ -296,13 +367,30 @@ def _infer_target_type(settings: Any, source: object) -> str:
     ):
         if architecture.endswith(suffix):
             return target_type
+    if settings.model_type in IMAGE_TEXT_TYPES and architecture.endswith("Model"):
+        return "image_text"
     raise ConfigError(
         f"{str(source)!r} holds a {architecture or settings.model_type}, and iris_hf knows models for image "
-        "classification, object detection and semantic segmentation. Use create_hf_model to give it such a head."
+        "classification, object detection and semantic segmentation, and image-text models. Use create_hf_model to "
+        "give it such a head, or create_hf_text_encoder for a text encoder."
     )
 
 
-def _load_network(auto_class: Any, source: str, settings: Any, *, exact: bool) -> Any:
+def load_network(auto_class: Any, source: str, settings: Any, *, exact: bool) -> tuple[Any, dict[str, list[str]]]:
+    """Load a model of transformers with its weights.
+
+    Args:
+        auto_class: Whose `from_pretrained` loads it.
+        source: A repository or folder.
+        settings: Its configuration.
+        exact: Whether the weights keep their precision; otherwise they become float32.
+
+    Returns:
+        The model, and the names of weights that don't fit by what is wrong with them, such as `missing_keys`.
+
+    Raises:
+        DataError: If there are no readable safetensors.
+    """
     if Path(source).is_dir():
         check_weights(Path(source))
     try:
@@ -316,11 +404,18 @@ def _load_network(auto_class: Any, source: str, settings: Any, *, exact: bool) -
         )
     except Exception as error:
         raise DataError(f"The weights of {source!r} cannot be loaded: {error}") from error
-    wrong = {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
-    if exact and wrong:
+    return network, {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
+
+
+def refuse_wrong_weights(source: object, wrong: Mapping[str, list[str]]) -> None:
+    """Make sure that weights fit.
+
+    Raises:
+        DataError: If :func:`load_network` found any that don't.
+    """
+    if wrong:
         listed = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:3])}" for k, v in wrong.items())
-        raise DataError(f"The weights of {source!r} don't belong to its configuration. {listed}.")
-    return network
+        raise DataError(f"The weights of {str(source)!r} don't belong to its configuration. {listed}.")
 
 
 def check_weights(folder: Path) -> None:
@@ -399,7 +494,7 @@ def _fields_of_processor(processor: Any) -> dict[str, Any]:
 
 def _fields_of_config(settings: Any, target_type: str) -> dict[str, Any]:
     """What is known of the images where there is a configuration but no image processor."""
-    size = getattr(settings, "image_size", None)
+    size = getattr(getattr(settings, "vision_config", settings), "image_size", None)
     squash_to = {"detection": 640, "segmentation": 512}.get(target_type, 224)
     fields: dict[str, Any] = {"resize": "squash"}
     if target_type == "detection" and settings.model_type not in ("d_fine", "rt_detr", "rt_detr_v2"):
@@ -407,6 +502,8 @@ def _fields_of_config(settings: Any, target_type: str) -> dict[str, Any]:
         size = size or (800, 1333)
     size = size or squash_to
     fields["height"], fields["width"] = (size, size) if isinstance(size, int) else size
+    if target_type == "image_text":
+        fields.update(IMAGE_TEXT_TYPES[settings.model_type].image_fields)
     if settings.model_type.startswith("mobilevit"):
         fields.update(mean=(0.0,) * 3, std=(1.0,) * 3, channels="bgr")
     return fields
