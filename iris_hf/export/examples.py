@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from iris_hf.errors import ConfigError
 from iris_hf.export.structure import Layout, flatten
 from iris_hf.models.image_spec import ImageSpec
+from iris_hf.models.text_encoder import TextEncoder
 
 DEFAULT_SIZE = 224
 BATCH_SIZES = (2, 1, 5)
@@ -73,21 +74,20 @@ def is_text_tower(model: nn.Module) -> bool:
 
 
 def make_tokens(model: nn.Module, generator: torch.Generator) -> Any:
-    """Random token ids: a tensor `[2, L]`, or `input_ids` and `attention_mask` where the model takes a dict.
+    """Random token ids: a tensor `[2, L]`, or `input_ids` and `attention_mask` for text encoders of transformers.
 
     Raises:
         ConfigError: If nothing tells the number of tokens.
     """
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    length = _first_attribute(model, "context_length", "num_pos", "max_position_embeddings")
+    length = _first_attribute(model, "max_length", "context_length", "max_position_embeddings")
     if not tables or length is None:
         raise ConfigError(
             f"Nothing tells what tokens {type(model).__name__} takes. Pass example_inputs: a batch as its tokenizer "
             "gives it."
         )
-    length = min(length, 77)
     tokens = torch.randint(1, tables[0].num_embeddings, (BATCH_SIZES[0], length), generator=generator)
-    if not any(hasattr(m, "config") and hasattr(m, "get_input_embeddings") for m in model.modules()):
+    if not any(isinstance(m, TextEncoder) and m.pooling is not None for m in model.modules()):
         return tokens
     mask = torch.ones_like(tokens)
     mask[1, length // 2 :] = 0
@@ -141,10 +141,18 @@ def image_spec_of(model: nn.Module) -> ImageSpec | None:
     return next((s for s in specs if isinstance(s, ImageSpec)), None)
 
 
-def another_size(batch: Batch) -> tuple[int, int] | None:
-    """A second size for the images in a batch, not square where the first is; None if there are no images."""
+def other_sizes(batch: Batch) -> list[tuple[int, int]]:
+    """Sizes to trace and check with beside that of the images in a batch, in order of preference; none without images.
+
+    Height and width of the first stay odd when they are halved and rounded up again and again: what a network does only
+    for sizes that don't divide, such as padding, then becomes part of the graph, where it does nothing for the others.
+    """
     images = next((t for t in batch.values() if is_images(t)), None)
-    return None if images is None else (images.shape[2] + 32, images.shape[3] + 64)
+    if images is None:
+        return []
+    height, width = images.shape[2:]
+    odd = (height + (7 - height) % 64, width + (39 - width) % 64)
+    return [odd, (height + 32, width + 64)]
 
 
 def is_images(tensor: Tensor) -> bool:

@@ -13,22 +13,23 @@ import torch
 from torch import nn
 
 from iris_hf.errors import ConfigError, unknown_name
-from iris_hf.export.check import TOLERANCES, Case, compare
+from iris_hf.export.check import TOLERANCES, Case, Comparison, compare
 from iris_hf.export.examples import (
     BATCH_SIZES,
     DEFAULT_SIZE,
     Batch,
-    another_size,
     choose_size,
     image_spec_of,
     is_images,
     make_inputs,
+    other_sizes,
     split_inputs,
     vary,
 )
 from iris_hf.export.exporters import Axes, find_exporter, write_onnx
 from iris_hf.export.folder import MODEL_FILE, write_folder
 from iris_hf.export.graph import Graph, make_graph
+from iris_hf.export.operators import FirstOfEquals
 from iris_hf.export.precision import convert
 from iris_hf.models.detector import ImageDetector
 from iris_hf.models.segmenter import ImageSegmenter
@@ -158,20 +159,18 @@ def export_onnx_model(
     batch, layout = split_inputs(example_inputs)
     batch = {name: tensor.detach().cpu() for name, tensor in batch.items()}
     graph = make_graph(model, batch, layout)
-    dynamic = _is_dynamic(model, batch, dynamic_size)
-    cases = _make_cases(graph, batch, dynamic)
-    axes = _find_axes(cases, dynamic)
-
-    with tempfile.TemporaryDirectory() as workplace:
-        file = Path(workplace) / MODEL_FILE
-        exporter = write_onnx(graph, cases[0].inputs, axes, file, opset=opset)
-        exact = TOLERANCES["fp32"] if tolerance is None or precision != "fp32" else tolerance
-        comparison = compare(graph, file, cases, precision="fp32", tolerance=exact)
-        if precision != "fp32":
-            convert(file, precision)
-            allowed = TOLERANCES[precision] if tolerance is None else tolerance
-            comparison = compare(graph, file, cases, precision=precision, tolerance=allowed)
-        data = file.read_bytes()
+    for dynamic in _sizes_to_try(model, batch, dynamic_size):
+        try:
+            data, comparison, exporter = _convert(graph, batch, dynamic, opset, precision, tolerance)
+            break
+        except ConfigError as error:
+            if not dynamic or dynamic_size is not None:
+                raise
+            logger.warning(
+                "%s is exported for images of one size, as the graph for all sizes is wrong: %s",
+                type(model).__name__,
+                error,
+            )
     export = OnnxExport(
         data=data,
         max_error=max(comparison.errors.values()),
@@ -197,21 +196,44 @@ def export_onnx_model(
     return export
 
 
-def _is_dynamic(model: nn.Module, batch: Batch, dynamic_size: bool | None) -> bool:
-    if another_size(batch) is None:
-        if dynamic_size:
-            raise ConfigError(f"dynamic_size is for images, and {type(model).__name__} takes {', '.join(batch)}.")
-        return False
+def _sizes_to_try(model: nn.Module, batch: Batch, dynamic_size: bool | None) -> list[bool]:
+    """Whether to export for any size: what was asked for, or what the model says and, if that fails, one size."""
     if dynamic_size is not None:
-        return dynamic_size
+        if dynamic_size and not other_sizes(batch):
+            raise ConfigError(f"dynamic_size is for images, and {type(model).__name__} takes {', '.join(batch)}.")
+        return [dynamic_size]
     spec = image_spec_of(model)
-    return spec is not None and spec.variable_size
+    return [True, False] if spec is not None and spec.variable_size and other_sizes(batch) else [False]
+
+
+def _convert(
+    graph: Graph, batch: Batch, dynamic: bool, opset: int, precision: str, tolerance: float | None
+) -> tuple[bytes, Comparison, str]:
+    """Export and check; return the file, the errors and the exporter."""
+    cases = _make_cases(graph, batch, dynamic)
+    axes = _find_axes(cases, dynamic)
+    with tempfile.TemporaryDirectory() as workplace:
+        file = Path(workplace) / MODEL_FILE
+        exporter = write_onnx(graph, cases[0].inputs, axes, file, opset=opset)
+        exact = TOLERANCES["fp32"] if tolerance is None or precision != "fp32" else tolerance
+        comparison = compare(graph, file, cases, precision="fp32", tolerance=exact)
+        if precision != "fp32":
+            convert(file, precision)
+            allowed = TOLERANCES[precision] if tolerance is None else tolerance
+            comparison = compare(graph, file, cases, precision=precision, tolerance=allowed)
+        return file.read_bytes(), comparison, exporter
 
 
 def _make_cases(graph: Graph, batch: Batch, dynamic: bool) -> list[Case]:
-    """Run the model on every combination of batch size and image size of the check."""
-    sizes = [None, another_size(batch)] if dynamic else [None]
-    cases = [_run_case(graph, vary(batch, n, size)) for size in sizes for n in BATCH_SIZES]
+    """Run the model on every combination of batch size and image size of the check; the first is to be traced."""
+    cases = [_run_case(graph, vary(batch, n)) for n in BATCH_SIZES]
+    if dynamic:
+        odd, other = other_sizes(batch)
+        try:
+            resized = [_run_case(graph, vary(batch, n, odd)) for n in BATCH_SIZES]
+        except ConfigError:  # the network takes certain multiples only
+            resized = [_run_case(graph, vary(batch, n, other)) for n in BATCH_SIZES]
+        cases = resized + cases
     names = {tuple(case.outputs) for case in cases}
     if len(names) > 1:
         raise ConfigError(
@@ -222,7 +244,7 @@ def _make_cases(graph: Graph, batch: Batch, dynamic: bool) -> list[Case]:
 
 
 def _run_case(graph: Graph, inputs: Batch) -> Case:
-    with torch.no_grad():
+    with torch.no_grad(), FirstOfEquals():
         try:
             outputs = graph.run(inputs)
             model = graph.model

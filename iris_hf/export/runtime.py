@@ -51,14 +51,16 @@ class OnnxModel(nn.Module):
         self.image_spec = None if spec is None else ImageSpec(**spec)
         self._data = data
         self._prediction = dict(description["prediction"])
-        self._options = {"num_threads": num_threads, "providers": providers}
-        self._session = make_session(data, **self._options)
+        self._num_threads = num_threads
+        self._providers = providers
+        self._session = self._open()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_session": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_session": make_session(state["_data"], **state["_options"])})
+        self.__dict__.update(state)
+        self._session = self._open()
 
     def forward(self, inputs: Any) -> Batch:
         """Give all outputs of the graph by name, for a batch of what the model took.
@@ -86,6 +88,9 @@ class OnnxModel(nn.Module):
             threshold = max(0.0, self._prediction["score_threshold"])
             return [rows[~(rows[:, 1] < threshold)] for rows in outputs[self._prediction["boxes"]]]
         return rebuild(self._prediction["layout"], outputs)
+
+    def _open(self) -> Any:
+        return make_session(self._data, num_threads=self._num_threads, providers=self._providers)
 
     def _check(self, batch: Batch) -> None:
         taken = {i.name: i for i in self._session.get_inputs()}
