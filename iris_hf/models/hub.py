@@ -8,17 +8,20 @@ preprocessor_config.json), which `AutoModelFor...` and `pipeline` load without i
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from iris_hf.errors import ConfigError, DataError
+from iris_hf.errors import ConfigError, DataError, IrisHFError
+from iris_hf.models.pull import fetch
 from iris_hf.models.recipe import build, recipe_of, to_json
+from iris_hf.models.trust import HERE, read_json, refuse_code, refuse_other_sources
 
 _RECIPE_FILE, _WEIGHTS_FILE, _FORMAT = "iris_hf.json", "model.safetensors", 1
-_FILES = ("*.json", "*.safetensors")
+_TOKENIZER_FILE = "tokenizer_config.json"
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> None:
@@ -27,7 +30,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     Args:
         model: Made by a function of iris_hf, or by one registered with
             :func:`iris_hf.models.recipe.register_model_factory`; trained or not.
-        folder: Made if absent. A model that it held is replaced.
+        folder: Made if absent. A model that it held is replaced. The image processor and the tokenizer go there, too,
+            where the model has one of transformers.
 
     Raises:
         ConfigError: If the model, or a part of it, was made otherwise.
@@ -45,6 +49,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     stored: dict[str, Any] = {"format": _FORMAT, **to_json(recipe)}
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
+    if _save_tokenizer(model, path):
+        stored = _point_here(stored)
     for old in (*path.glob("model*.safetensors*"), *path.glob(_RECIPE_FILE)):
         old.unlink()
     network = hf_network(model)
@@ -58,63 +64,109 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     (path / _RECIPE_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 
-def from_pretrained(folder_or_repo_id: str | Path) -> nn.Module:
+def from_pretrained(
+    folder_or_repo_id: str | Path, *, revision: str | None = None, local_files_only: bool = False
+) -> nn.Module:
     """Load a model that :func:`save_pretrained`, or plain transformers, wrote.
 
+    Nothing is unpickled, and no code runs but that of iris_hf, its libraries and registered factories. A tokenizer that
+    was saved with the model becomes its `tokenizer_name`.
+
     Args:
-        folder_or_repo_id: A local folder, or a repository of the Hub. Of a repository only JSON and safetensors are
-            fetched.
+        folder_or_repo_id: A local folder, or a repository of the Hub. Of a repository only the description, safetensors
+            and the tokenizer's files are fetched, into the cache of huggingface_hub; its token (`hf auth login`, or
+            HF_TOKEN) opens private ones.
+        revision: A branch, tag or commit of the repository; None is `main`.
+        local_files_only: Whether to take the repository from the cache without asking the Hub. HF_HUB_OFFLINE=1 does
+            that, too.
 
     Returns:
         The model on the CPU, in evaluation mode.
 
     Raises:
-        ConfigError: If the folder names a factory that isn't registered.
-        DataError: If the folder, its description or its weights are missing, unreadable, or don't fit each other.
+        ConfigError: If the folder names a factory that isn't registered, or the repository lacks the revision.
+        DataError: If the repository cannot be had, or the folder, its description or its weights are missing,
+            unreadable, or don't fit each other.
     """
+    folder = fetch(folder_or_repo_id, revision=revision, local_files_only=local_files_only)
+    model = _load(folder).eval()
+    if (folder / _TOKENIZER_FILE).is_file():
+        for part in _parts_with_tokenizer(model):
+            part.tokenizer_name = str(folder)  # type: ignore[assignment]
+    return model
+
+
+def _load(folder: Path) -> nn.Module:
+    from iris_hf.models.sources.text_encoders import load_hf_text_encoder
     from iris_hf.models.sources.transformers import check_weights, load_hf_model
 
-    folder = _fetch(folder_or_repo_id)
     recipe_file = folder / _RECIPE_FILE
     if not recipe_file.is_file():
         if not (folder / "config.json").is_file():
             raise DataError(
                 f"{str(folder)!r} holds no model: neither {_RECIPE_FILE} nor the config.json of transformers is there."
             )
-        return load_hf_model(folder).eval()
+        refuse_code(folder)
+        return load_hf_model(folder)
     stored = _read_recipe(recipe_file)
     check_weights(folder)
-    if stored["factory"] == "create_hf_model":
-        return load_hf_model(folder, **{k: v for k, v in stored["arguments"].items() if k != "pretrained"}).eval()
-    model = build(stored)
-    _load_weights(model, folder / _WEIGHTS_FILE)
-    return model.eval()
-
-
-def _fetch(folder_or_repo_id: str | Path) -> Path:
-    path = Path(folder_or_repo_id)
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-
+    refuse_code(folder)
+    loaders: dict[str, Callable[..., nn.Module]] = {
+        "create_hf_model": load_hf_model,
+        "create_hf_text_encoder": load_hf_text_encoder,
+    }
+    load = loaders.get(stored["factory"])
     try:
-        return Path(snapshot_download(str(folder_or_repo_id), allow_patterns=list(_FILES)))
+        if load is not None:
+            return load(folder, **{k: v for k, v in stored["arguments"].items() if k != "pretrained"})
+        model = build(stored)
+    except IrisHFError:
+        raise
     except Exception as error:
-        raise DataError(
-            f"{str(folder_or_repo_id)!r} is no folder, and the Hub does not give such a repository: {error}"
-        ) from error
+        raise DataError(f"{str(recipe_file)!r} describes no model that can be made: {error}") from error
+    _load_weights(model, folder / _WEIGHTS_FILE)
+    return model
 
 
 def _read_recipe(file: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{str(file)!r} is no JSON: {error}") from error
+    stored = read_json(file)
     if not isinstance(stored, dict) or not {"format", "factory", "arguments"} <= stored.keys():
         raise DataError(f"{str(file)!r} does not describe a model: it needs format, factory and arguments.")
     if stored["format"] != _FORMAT:
         raise DataError(f"{str(file)!r} has the format {stored['format']!r}, this iris_hf reads {_FORMAT}. Update it.")
+    refuse_other_sources(stored, file)
     return stored
+
+
+def _parts_with_tokenizer(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model that name a tokenizer of transformers; open_clip brings its own."""
+    parts = [m for m in model.modules() if isinstance(m.__dict__.get("tokenizer_name"), str)]
+    if not parts:
+        return []
+    import open_clip
+
+    return [m for m in parts if m.tokenizer_name not in open_clip.list_models()]
+
+
+def _save_tokenizer(model: nn.Module, folder: Path) -> bool:
+    """Write the tokenizer of transformers that a model names; tell whether there is one."""
+    from iris_hf.models.sources.open_clip import create_tokenizer
+
+    names = sorted({str(part.tokenizer_name) for part in _parts_with_tokenizer(model)})
+    if len(names) > 1:
+        raise ConfigError(f"A folder holds one tokenizer, and this model has several: {', '.join(names)}.")
+    for name in names:
+        create_tokenizer(name).save(folder)
+    return bool(names)
+
+
+def _point_here(value: Any) -> Any:
+    """Name the recipe's own folder where it names a tokenizer: the saved one is there, wherever it came from."""
+    if isinstance(value, list):
+        return [_point_here(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {k: HERE if k == "tokenizer" and v is not None else _point_here(v) for k, v in value.items()}
 
 
 def _distinct(model: nn.Module) -> dict[str, Tensor]:
