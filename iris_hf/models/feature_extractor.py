@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from iris_hf.errors import ConfigError, unknown_name
@@ -35,11 +36,13 @@ class FeatureExtractor(nn.Module):
         self.image_spec = spec if isinstance(spec, ImageSpec) else None
         self.output_module_name = output_module_name
         self.model = model
+        self.training = model.training
         if output_module_name is not None:
             parts = {name: part for name, part in model.named_modules(remove_duplicate=False) if name}
             if output_module_name not in parts:
                 raise unknown_name(f"module of {type(model).__name__}", output_module_name, parts)
-            parts[output_module_name].register_forward_hook(_stop)
+            self._stop = _Stop()
+            parts[output_module_name].register_forward_hook(self._stop)
 
     @property
     def tokenizer_name(self) -> str | None:
@@ -52,22 +55,34 @@ class FeatureExtractor(nn.Module):
         Raises:
             ConfigError: If the part doesn't run for these inputs, or no tensor comes out of it.
         """
-        try:
-            output = self.model(inputs)
-        except _Reached as reached:
-            output = reached.output
-        else:
-            if self.output_module_name is not None:
-                raise ConfigError(
-                    f"The module {self.output_module_name!r} does not run when {type(self.model).__name__} is called. "
-                    "Choose another."
-                )
-        return self._first_tensor(output)
+        if self.output_module_name is None:
+            return self._first_tensor(self.model(inputs))
+        reached = self._run_through(inputs) if _is_exporting() else self._run_until(inputs)
+        if reached is None:
+            raise ConfigError(
+                f"The module {self.output_module_name!r} does not run when {type(self.model).__name__} is called. "
+                "Choose another."
+            )
+        return self._first_tensor(reached[0])
 
     def prediction_step(self, inputs: Any) -> Tensor:
         """Give the features `[N, ...]` of a batch."""
         features: Tensor = self(inputs)
         return features
+
+    def _run_until(self, inputs: Any) -> tuple[Any] | None:
+        try:
+            self.model(inputs)
+        except _Reached as reached:
+            return (reached.args[0],)
+        return None
+
+    def _run_through(self, inputs: Any) -> tuple[Any] | None:
+        """Run the whole model: the exporter loses its place by an exception, and drops by itself what is unused."""
+        self._stop.kept = None
+        self.model(inputs)
+        kept, self._stop.kept = self._stop.kept, None
+        return kept
 
     def _first_tensor(self, output: Any) -> Tensor:
         values = list(output.values()) if isinstance(output, Mapping) else output
@@ -79,19 +94,29 @@ class FeatureExtractor(nn.Module):
         return found
 
 
+def _is_exporting() -> bool:
+    """Whether torch.export runs the model in Python, as it does by default."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 class _Reached(Exception):
     """Carries an output past everything that would have come after it.
 
     It needs no place to keep the output between the part and the caller, so threads don't meet.
     """
 
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
 
+class _Stop:
+    """The hook of the part: it ends the run, or, under the exporter, keeps the first output."""
 
-def _stop(module: nn.Module, inputs: Any, output: Any) -> None:
-    raise _Reached(output)
+    def __init__(self) -> None:
+        self.kept: tuple[Any] | None = None
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not _is_exporting():
+            raise _Reached(output)
+        if self.kept is None:
+            self.kept = (output,)
 
 
 def make_feature_extractor_model(model: nn.Module, *, output_module_name: str | None = None) -> FeatureExtractor:
