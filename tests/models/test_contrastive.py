@@ -489,6 +489,13 @@ def test_a_changed_context_length_reaches_the_tokenizer():
         create_tokenizer(model, max_length=20)
 
 
+def test_short_tokens_are_filled_up_for_open_clip():
+    model = make("open_clip").eval()
+    with torch.no_grad():
+        whole, short = (model.encode_text(create_tokenizer(model, max_length=n)(["a dog"])) for n in (None, 10))
+    torch.testing.assert_close(short, whole)
+
+
 def test_normalisation_stays_in_the_image_tower():
     for name in ("open_clip", "hf-clip"):
         normalize_layers = [m for m in make(name).image_model.modules() if isinstance(m, Normalize)]

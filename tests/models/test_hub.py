@@ -119,7 +119,7 @@ def test_we_load_what_plain_transformers_saves(tmp_path):
 
 
 def test_half_precision_survives(tmp_path):
-    for name in ("timm-resnet", "hf-resnet"):
+    for name in ("timm-resnet", "hf-resnet", "hf-clip", "hf-siglip", "open_clip", "hf-bert"):
         model = make(name).to(torch.bfloat16)
         save_pretrained(model, tmp_path / name)
         loaded = from_pretrained(tmp_path / name)

@@ -184,6 +184,22 @@ def test_short_tokenizers_pad_and_long_ones_leave_it_to_the_batch(tmp_path):
         create_tokenizer(str(tmp_path / "long"), max_length=0)
 
 
+def test_tokenizers_without_a_padding_token_pad_behind_the_mask(tmp_path):
+    tokenizer = create_tokenizer(save_word_tokenizer(tmp_path, model_max_length=512, pads=False))
+    assert tokenizer(["a dog", "a"])["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    encoder = make_encoder("gpt2", pooling="last", config={"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 99})
+    with torch.no_grad():
+        together = encoder(tokenizer(["a dog", "a"]))
+        torch.testing.assert_close(together[1:], encoder(tokenizer(["a"])))
+
+
+def test_what_is_no_text_is_not_tokenized(tmp_path):
+    for name in (save_word_tokenizer(tmp_path, model_max_length=6), "ViT-B-32"):
+        for value in (["a", 3], [None]):
+            with pytest.raises(DataError, match=r"takes a text or a list of texts, got a (int|NoneType) among them"):
+                create_tokenizer(name)(value)
+
+
 def test_a_tokenizer_of_a_model_cuts_where_the_model_ends(tmp_path):
     folder = save_word_tokenizer(tmp_path / "words", model_max_length=512)
     encoder = make_encoder(tokenizer=folder)

@@ -5,15 +5,18 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from iris_hf.data.prompts import build_classification_prompt_dataset
+from iris_hf.data.image_text_transform import make_image_text_transform
+from iris_hf.data.prompts import build_classification_prompt_dataset, create_classification_prompt_generator
 from iris_hf.errors import ConfigError, DataError
 from iris_hf.inference.predictor import predict
 from iris_hf.models.classifier import append_classifier
 from iris_hf.models.contrastive import split_image_text_model
 from iris_hf.models.sources.open_clip import create_tokenizer
 from iris_hf.models.zero_shot import build_zero_shot_classifier
+from iris_hf.training.trainer import train
 
 from .families import make
+from .words import save_word_tokenizer
 
 CLASSES = [0, 2, 1, 0, 2, 2, 1, 0]
 
@@ -108,3 +111,43 @@ def test_prompts_become_a_classifier_that_agrees_with_the_similarities():
         image, text, scale = *(model.encode_image(images), model.encode_text(tokenizer(names))), model.logit_scale.exp()
         torch.testing.assert_close(zero_shot.prediction_step(images), (scale * image @ text.T).softmax(1))
     assert isinstance(zero_shot.network[1], nn.Linear)
+
+
+class Colours(torch.utils.data.Dataset):
+    """Grey noise with one channel raised: which one is the class."""
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, index):
+        image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(index)) * 0.4
+        image[index % 3] += 0.5
+        return image, index % 3
+
+
+def test_a_model_trained_by_unicl_with_prompts_classifies_zero_shot(tmp_path):
+    names = ["red", "big", "dog"]  # of the colours red, green and blue: names mean what training says
+    torch.manual_seed(0)
+    tokenizer = create_tokenizer(save_word_tokenizer(tmp_path, model_max_length=12))
+    prompts = create_classification_prompt_generator(name="template", template="a photo of a {} .")
+    transform = make_image_text_transform(None, names, prompts, tokenizer)
+    model = train(
+        make("timm-bert-unicl"),
+        Colours(),
+        transform,
+        num_epochs=4,
+        batch_size=12,
+        optimizer="adamw",
+        base_lr=3e-3,
+        random_seed=0,
+        num_dataloader_workers=0,
+        device="cpu",
+    ).model
+    image_model, text_model, logit_scale = split_image_text_model(model)
+    options = {"batch_size": 12, "num_dataloader_workers": 0, "device": "cpu"}
+    texts = build_classification_prompt_dataset(names, prompts)
+    features, classes = predict(texts, text_model, tokenizer, **options)
+    classifier = build_zero_shot_classifier(features, classes, logit_scale, num_classes=3)
+    zero_shot = append_classifier(image_model, classifier, task_type="multiclass_classification")
+    predictions, targets = predict(Colours(), zero_shot, **options)
+    assert (predictions.argmax(1) == targets).float().mean() > 0.95

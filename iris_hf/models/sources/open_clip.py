@@ -133,8 +133,14 @@ class Tokenizer:
         Returns:
             int64 tokens `[L]`, or `[N, L]` for N texts. A tokenizer of transformers gives a dict of such tensors:
             `input_ids` and what else its models take, `attention_mask` as a rule.
+
+        Raises:
+            DataError: If it is no text.
         """
         texts = [text] if isinstance(text, str) else list(text)
+        for one in texts:
+            if not isinstance(one, str):
+                raise DataError(f"A tokenizer takes a text or a list of texts, got a {type(one).__name__} among them.")
         if self._transformers:
             padding = "max_length" if self.pads else "longest"
             encoded = self._function(
@@ -173,6 +179,8 @@ def create_tokenizer(name_or_model: str | Path | nn.Module, *, max_length: int |
     if _is_open_clip(name):
         return _open_clip_tokenizer(name, max_length or limit)
     function = _load_hf_tokenizer(name)
+    if function.pad_token is None:  # GPT-like: any token will do, since the attention mask hides it
+        function.pad_token = function.eos_token or function.unk_token
     known = [n for n in (function.model_max_length, limit) if n is not None and n < _UNKNOWN_LENGTH]
     longest = min(known, default=_DEFAULT_LENGTH)
     pads = max_length is not None or longest <= _PADDED_LENGTH
