@@ -19,6 +19,7 @@ from iris_hf.models.sources.timm import create_timm_model
 from iris_hf.models.sources.transformers import create_hf_model, hf_network
 from iris_hf.models.steps import as_predictor, as_trainable
 from iris_hf.models.transforms import create_image_transform
+from iris_hf.training.trainer import train
 
 from .families import IMAGE_TEXT, make, make_inputs, make_pairs
 from .words import save_word_tokenizer
@@ -268,6 +269,33 @@ def test_timm_encoders_know_the_length_of_their_features(name):
     encoder = create_timm_model(name).eval()
     with torch.no_grad():
         assert encoder(torch.rand(1, 3, 224, 224)).shape == (1, encoder.feature_dim)
+
+
+def test_two_processes_train_like_one():
+    name = "hf-siglip"
+    images, tokens = make_pairs(16)
+    pairs = [
+        ((image, {k: v[i] for k, v in tokens.items()}), i % 5) for i, image in enumerate(images)
+    ]  # labels that are pairs of each other on different processes
+    results = [
+        train(
+            make(name),
+            pairs,
+            None,
+            num_epochs=2,
+            batch_size=8 // num_processes,
+            base_lr=0.1,
+            random_seed=0,
+            num_dataloader_workers=0,
+            num_processes=num_processes,
+            device="cpu",
+        ).model.state_dict()
+        for num_processes in (1, 2)
+    ]
+    start = make(name).state_dict()
+    assert not torch.allclose(start["logit_scale"], results[0]["logit_scale"], atol=1e-4)
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, rtol=1e-5, atol=1e-6)
 
 
 # ---- its parts
