@@ -183,8 +183,8 @@ _SIGLIP = {
     "text_config": {**_CLIP["text_config"], "projection_size": 32},
     "vision_config": _CLIP["vision_config"],
 }
-_BERT = {**_TEXT, "type_vocab_size": 2, "bos_token_id": 97, "eos_token_id": 98, "pad_token_id": 0}
-_ROBERTA = {**_BERT, "max_position_embeddings": 14, "pad_token_id": 1}
+BERT = {**_TEXT, "type_vocab_size": 2, "bos_token_id": 97, "eos_token_id": 98, "pad_token_id": 0}
+_ROBERTA = {**BERT, "max_position_embeddings": 14, "pad_token_id": 1}
 
 
 def _image_text(model_type: str, config: dict[str, Any]) -> Any:
@@ -203,7 +203,7 @@ def _open_clip(**config: Any) -> Any:
 def _dual_encoder(loss: Any) -> Any:
     image_model, text_model = (
         create_timm_model("resnet10t"),
-        create_hf_text_encoder("bert", pretrained=False, config=_BERT),
+        create_hf_text_encoder("bert", pretrained=False, config=BERT),
     )
     return make_image_text_contrastive_model(
         image_model, text_model, loss=loss, image_feature_dim=512, text_feature_dim=16, projection_dim=8
@@ -218,16 +218,16 @@ IMAGE_TEXT = {
     "timm-bert-siglip": lambda: _dual_encoder("siglip"),
     "hf-clip": lambda: _image_text("clip", _CLIP),
     "hf-metaclip_2": lambda: _image_text("metaclip_2", _CLIP),
-    "hf-chinese_clip": lambda: _image_text("chinese_clip", {**_CLIP, "text_config": _BERT}),
+    "hf-chinese_clip": lambda: _image_text("chinese_clip", {**_CLIP, "text_config": BERT}),
     "hf-altclip": lambda: _image_text("altclip", {**_CLIP, "text_config": {**_ROBERTA, "project_dim": 20}}),
     "hf-siglip": lambda: _image_text("siglip", _SIGLIP),
 }
 """Image-text models. They take images `[N, 3, 32, 32]` and up to 12 tokens below 99."""
 
 TEXT_ENCODERS = {
-    "hf-bert": lambda: create_hf_text_encoder("bert", pretrained=False, config=_BERT),
+    "hf-bert": lambda: create_hf_text_encoder("bert", pretrained=False, config=BERT),
     "hf-roberta": lambda: create_hf_text_encoder("roberta", pretrained=False, pooling="cls", config=_ROBERTA),
-    "hf-bert-pooler": lambda: create_hf_text_encoder("bert", pretrained=False, pooling="pooler", config=_BERT),
+    "hf-bert-pooler": lambda: create_hf_text_encoder("bert", pretrained=False, pooling="pooler", config=BERT),
 }
 
 TOWERS = {

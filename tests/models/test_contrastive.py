@@ -1,6 +1,7 @@
 import copy
 import math
 import pickle
+import shutil
 
 import open_clip
 import pytest
@@ -15,13 +16,14 @@ from iris_hf.models.contrastive import make_image_text_contrastive_model, split_
 from iris_hf.models.hub import from_pretrained, save_pretrained
 from iris_hf.models.image_spec import Normalize
 from iris_hf.models.sources.open_clip import create_open_clip_model, create_tokenizer
+from iris_hf.models.sources.text_encoders import create_hf_text_encoder
 from iris_hf.models.sources.timm import create_timm_model
 from iris_hf.models.sources.transformers import create_hf_model, hf_network
 from iris_hf.models.steps import as_predictor, as_trainable
 from iris_hf.models.transforms import create_image_transform
 from iris_hf.training.trainer import train
 
-from .families import IMAGE_TEXT, make, make_inputs, make_pairs
+from .families import BERT, IMAGE_TEXT, make, make_inputs, make_pairs
 from .words import save_word_tokenizer
 
 every_model = pytest.mark.parametrize("name", IMAGE_TEXT)
@@ -346,6 +348,22 @@ def test_split_parts_know_their_images_and_tokens(tmp_path):
         assert torch.equal(
             from_pretrained(tmp_path).prediction_step(image[None]), as_predictor(model.eval())(image[None])
         )
+
+
+def test_the_tokenizer_travels_with_models_and_their_parts(tmp_path):
+    folder = save_word_tokenizer(tmp_path / "words", model_max_length=512)
+    text_model = create_hf_text_encoder("bert", pretrained=False, config=BERT, tokenizer=folder)
+    model = make_image_text_contrastive_model(
+        create_timm_model("resnet10t"), text_model, image_feature_dim=512, projection_dim=16
+    )
+    save_pretrained(model, tmp_path / "model")
+    save_pretrained(split_image_text_model(model).text_model, tmp_path / "part")
+    shutil.rmtree(folder)
+    for name in ("model", "part"):
+        loaded = from_pretrained(tmp_path / name)
+        tokenizer = create_tokenizer(loaded)
+        assert tokenizer.max_length == 12
+        assert tokenizer("a big dog")["input_ids"].tolist() == [2, 8, 6] + [0] * 9
 
 
 def test_what_is_no_image_text_model_is_not_split():
