@@ -136,7 +136,7 @@ def _distance(graph: Graph, name: str, case: Case, got: Batch) -> tuple[float, f
         return float((probabilities.amax(1) - chosen).max()) if is_one_class else float("inf"), 1.0
     if not expected.is_floating_point():
         return float((expected.double() - actual.double()).abs().max()) if expected.numel() else 0.0, 1.0
-    a, b = expected.double(), actual.double()
+    a, b = expected.detach().double(), actual.double()
     same = (a == b) | (a.isnan() & b.isnan())
     difference = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=float("inf"))
     finite = a[a.isfinite()].abs()

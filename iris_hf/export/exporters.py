@@ -15,7 +15,7 @@ import torch
 from iris_hf.errors import ConfigError, MissingDependencyError
 from iris_hf.export.examples import Batch
 from iris_hf.export.graph import Graph
-from iris_hf.export.operators import ExportableOperators
+from iris_hf.export.operators import ExportableOperators, exportable_padding
 
 Axes = dict[str, dict[int, str]]
 """Name of an input or output -> index of an axis of variable length -> its name."""
@@ -56,7 +56,7 @@ def write_onnx(graph: Graph, batch: Batch, axes: Axes, file: Path, *, opset: int
     """
     exporter = find_exporter()
     write = _write_with_optimum if exporter == "optimum" else _write_with_torch
-    with quiet(), _without_fast_path(), ExportableOperators(), torch.no_grad():
+    with quiet(), _without_fast_path(), ExportableOperators(), exportable_padding(), torch.no_grad():
         try:
             write(graph, batch, axes, file, opset)
         except Exception as error:

@@ -15,7 +15,7 @@ from iris_hf.models.detector import ImageDetector
 from iris_hf.models.segmenter import ImageSegmenter
 from iris_hf.models.steps import as_predictor
 
-_PAIR_NAMES = ("image_features", "text_features", "logit_scale")
+_PAIR_NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
 
 
 class Graph(nn.Module):
@@ -99,7 +99,7 @@ class Graph(nn.Module):
     def _name(self, path: tuple[str | int, ...], tensor: Tensor, base: str) -> str:
         if path and isinstance(path[-1], str):
             return path[-1]
-        if len(path) == 1 and getattr(self.model, "target_type", None) == "image_text" and path[0] in (0, 1, 2):
+        if len(path) == 1 and getattr(self.model, "target_type", None) == "image_text" and path[0] in range(4):
             return _PAIR_NAMES[int(path[0])]
         return base
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+_PADS_LIKE_TENSORFLOW = re.compile(r"transformers\.models\.(mobilenet_v[12])\.modeling_\1")
 
 
 class ExportableOperators(TorchFunctionMode):
@@ -35,6 +40,31 @@ class FirstOfEquals(TorchFunctionMode):
     ) -> Any:
         """Replace a call of `topk`."""
         return (_stable_topk if func in (torch.topk, Tensor.topk) else func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def exportable_padding() -> Iterator[None]:
+    """Let MobileNets of transformers pad by what the size of the images asks for, in place of Python numbers."""
+    modules = [m for name, m in list(sys.modules.items()) if _PADS_LIKE_TENSORFLOW.fullmatch(name)]
+    originals = [(module, module.apply_tf_padding) for module in modules]
+    try:
+        for module in modules:
+            module.apply_tf_padding = _pad_same  # type: ignore[attr-defined]
+        yield
+    finally:
+        for module, function in originals:
+            module.apply_tf_padding = function  # type: ignore[attr-defined]
+
+
+def _pad_same(images: Tensor, convolution: nn.Conv2d) -> Tensor:
+    """Pad images so that a convolution gives ceil(size / stride) pixels, the odd one at the right and the bottom."""
+    padding: list[Any] = []
+    for axis in (1, 0):
+        kernel, stride, dilation = (getattr(convolution, n)[axis] for n in ("kernel_size", "stride", "dilation"))
+        total = kernel - 1 - (images.shape[2 + axis] - 1) % stride
+        total = total.clamp(min=0) if isinstance(total, Tensor) else torch.sym_max(total, 0)  # type: ignore[no-untyped-call]
+        padding += [total // 2 * dilation, (total - total // 2) * dilation]
+    return F.pad(images, padding)
 
 
 def _stable_topk(values: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:

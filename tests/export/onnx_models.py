@@ -123,3 +123,17 @@ def zero_shot() -> ImageClassifier:
     with torch.no_grad():
         layer.weight.copy_(nn.functional.normalize(layer.weight, dim=1) * 14)
     return append_classifier(encoder, layer, task_type="multiclass_classification")
+
+
+def enliven(model: nn.Module) -> nn.Module:
+    """Draw all weights anew, the same at every call, so that features vary and few scores are nearly equal.
+
+    Some networks begin with weights so small that their outputs hardly depend on the images.
+    """
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and not name.endswith("logit_scale"):
+                fan_in = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
+    return model

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.families import FAMILIES, TOWERS, make
+from models.families import FAMILIES, IMAGE_TEXT, TOWERS, make
 from onnx_models import (
     HAS_EXPORTER,
     HAS_OPTIMUM,
@@ -18,13 +18,16 @@ from onnx_models import (
     Sampled,
     Stepped,
     TokenTower,
+    enliven,
     zero_shot,
 )
 from torch import nn
 
 from iris_hf.errors import ConfigError, MissingDependencyError
 from iris_hf.export.onnx import export_onnx, export_onnx_model
+from iris_hf.export.operators import FirstOfEquals
 from iris_hf.export.runtime import load_onnx
+from iris_hf.models.contrastive import split_image_text_model
 
 pytestmark = pytest.mark.skipif(not HAS_EXPORTER, reason="the packages of the extra onnx are not installed")
 
@@ -42,19 +45,24 @@ def run(data: bytes, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     return {o.name: torch.as_tensor(v) for o, v in zip(session.get_outputs(), values, strict=True)}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+QUICK = ["hf-vit", "hf-rt_detr", "hf-segformer", "timm-resnet"]
+"""Families for torch's exporter, which takes many times as long as Optimum's."""
+
+
+@pytest.mark.parametrize("name", FAMILIES if HAS_OPTIMUM else QUICK)
 def test_every_family_exports_and_predicts_the_same(name, tmp_path):
-    model = make(name)
+    model = enliven(make(name))
     size, target_type = FAMILIES[name].size, FAMILIES[name].target_type
     export = export_onnx_model(model, input_size=size, folder=tmp_path)
     assert export.max_error <= 1e-5
     assert "logits" in export.output_names
     assert export.exporter == ("optimum" if HAS_OPTIMUM else "torch")
+    assert export.dynamic_size == (model.image_spec.variable_size and name != "hf-swin")
     model.eval()
     loaded = load_onnx(tmp_path)
-    for height, width in [(size, size), (size + 64, size + 32)][: 1 + export.dynamic_size]:
+    for height, width in [(size, size), (size + 64, size + 25)][: 1 + export.dynamic_size]:
         images = torch.rand(3, 3, height, width, generator=torch.Generator().manual_seed(height))
-        with torch.no_grad():
+        with torch.no_grad(), FirstOfEquals():  # RT-DETR chooses among equal scores
             expected = model.prediction_step(images)
         predicted = loaded.prediction_step(images)
         if target_type == "detection":
@@ -65,20 +73,24 @@ def test_every_family_exports_and_predicts_the_same(name, tmp_path):
                 assert closest.max() < 1e-4
         elif target_type == "segmentation":
             assert predicted.dtype == torch.uint8
-            assert (predicted != expected).float().mean() < 1e-3  # a pixel with two equal classes may go either way
+            assert (predicted != expected).float().mean() < 0.02  # a pixel with two equal classes may go either way
         else:
             torch.testing.assert_close(predicted, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", TOWERS)
-def test_towers_export(name):
+def towers_of(name):
+    """An image-text model and both of its towers, or a tower itself."""
     model = make(name).eval()
-    towers = [model.image_model, model.text_model, model] if name == "open_clip" else [model]
-    for tower in towers:
-        export = export_onnx_model(tower, input_size=32)
+    return [model, *split_image_text_model(model)[:2]] if name in IMAGE_TEXT else [model]
+
+
+@pytest.mark.parametrize("name", TOWERS if HAS_OPTIMUM else ["hf-clip", "hf-bert"])
+def test_image_text_models_and_their_towers_export(name):
+    for model in towers_of(name):
+        export = export_onnx_model(model, input_size=32)
         assert export.max_error <= 1e-5
-    names = ("image_features", "text_features", "logit_scale") if name == "open_clip" else ("features",)
-    assert export.output_names == names
+        names = ("image_features", "text_features", "logit_scale") if model.target_type else ("features",)
+        assert export.output_names[: len(names)] == names
 
 
 def test_the_graph_normalises_and_takes_any_batch_size():
@@ -248,9 +260,9 @@ def test_missing_packages_name_the_extra(monkeypatch):
 
 
 def test_half_precision_is_smaller_and_close():
-    model = make("hf-vit").eval()
-    full, half = export_onnx_model(model), export_onnx_model(model, precision="fp16")
-    assert len(half.data) < 0.75 * len(full.data)
+    model = make("timm-resnet").eval()
+    half = export_onnx_model(model, input_size=32, precision="fp16")
+    assert len(half.data) < 0.55 * sum(p.nbytes for p in model.parameters())
     assert 1e-6 < half.max_error < 1e-2
     outputs = run(half.data, pixel_values=torch.rand(2, 3, 32, 32))
     assert {t.dtype for t in outputs.values()} == {torch.float32}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from models.families import FAMILIES, NAMES, make, make_batch
 from models.resnet20 import load_cifar10, load_resnet20
-from onnx_models import HAS_EXPORTER, HAS_OPTIMUM, Stepped, zero_shot
+from onnx_models import HAS_EXPORTER, HAS_OPTIMUM, Stepped, enliven, zero_shot
 
 import iris_hf
 from iris_hf.errors import DataError
@@ -55,7 +55,7 @@ def test_pipeline_gives_the_models_probabilities(name, tmp_path):
 
 
 @needs_optimum
-@pytest.mark.parametrize("name", ["hf-rt_detr", "hf-segformer"])
+@pytest.mark.parametrize("name", ["hf-detr", "hf-segformer"])
 def test_other_models_load_as_custom_tasks(name, tmp_path):
     from optimum.onnxruntime import ORTModelForCustomTasks
 
@@ -82,7 +82,7 @@ def test_segmenters_load_in_the_segmentation_pipeline(tmp_path):
     assert all(s["mask"].size == PICTURE.size for s in segments)
 
 
-@pytest.mark.parametrize("name", ["hf-vit", "hf-rt_detr", "hf-segformer"])
+@pytest.mark.parametrize("name", ["hf-vit", "hf-yolos", "hf-segformer"])
 def test_an_exported_folder_predicts_as_the_model_does(name, tmp_path):
     model = make(name)
     images, _ = make_batch(name, n=5)
@@ -108,7 +108,7 @@ def test_the_transform_of_an_exported_model_is_that_of_the_model(tmp_path):
 
 
 def test_images_of_several_sizes_are_run_one_by_one(tmp_path):
-    model = make("hf-rt_detr").eval()
+    model = enliven(make("hf-yolos")).eval()
     export_onnx(model, input_size=64, folder=tmp_path)
     images = [torch.rand(3, 64, 64), torch.rand(3, 80, 100)]
     predicted = load_onnx(tmp_path).prediction_step(images)
