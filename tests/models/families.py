@@ -185,6 +185,24 @@ _SIGLIP = {
 }
 BERT = {**_TEXT, "type_vocab_size": 2, "bos_token_id": 97, "eos_token_id": 98, "pad_token_id": 0}
 _ROBERTA = {**BERT, "max_position_embeddings": 14, "pad_token_id": 1}
+_ALIGN = {
+    "text_config": BERT,
+    "vision_config": {
+        "image_size": 32,
+        "width_coefficient": 0.1,
+        "depth_coefficient": 0.1,
+        "hidden_dim": 24,
+        "in_channels": [32, 16, 24],
+        "out_channels": [16, 24, 40],
+        "kernel_sizes": [3, 3, 5],
+        "strides": [1, 2, 2],
+        "num_block_repeats": [1, 1, 1],
+        "expand_ratios": [1, 2, 2],
+        "depthwise_padding": [],
+        "initializer_range": 0.5,  # the default makes features too small to have a direction
+    },
+    "projection_dim": 8,
+}
 
 
 def _image_text(model_type: str, config: dict[str, Any]) -> Any:
@@ -216,6 +234,7 @@ IMAGE_TEXT = {
     "timm-bert-clip": lambda: _dual_encoder("clip"),
     "timm-bert-unicl": lambda: _dual_encoder("unicl"),
     "timm-bert-siglip": lambda: _dual_encoder("siglip"),
+    "hf-align": lambda: _image_text("align", _ALIGN),
     "hf-clip": lambda: _image_text("clip", _CLIP),
     "hf-metaclip_2": lambda: _image_text("metaclip_2", _CLIP),
     "hf-chinese_clip": lambda: _image_text("chinese_clip", {**_CLIP, "text_config": BERT}),

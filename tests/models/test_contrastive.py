@@ -142,7 +142,9 @@ def test_features_have_length_one_and_come_with_the_scale(name):
 def test_gradients_reach_every_parameter(name):
     model = make(name).train()
     as_trainable(model)(make_pairs(3), torch.tensor([0, 1, 0]))["loss"].backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert all("text_model.network.pooler" in n for n in frozen)  # ALIGN's, which is part of nothing
 
 
 @every_model
@@ -391,7 +393,8 @@ def test_features_logits_and_loss_are_the_librarys_own(name):
         torch.testing.assert_close(image, library.image_embeds)
         torch.testing.assert_close(text, library.text_embeds)
         torch.testing.assert_close(scale * image @ text.T + sum(bias), library.logits_per_image)
-        torch.testing.assert_close(model.training_step(make_pairs(), None)["loss"], library.loss)
+        if name != "hf-align":  # transformers smooths the labels of ALIGN's loss by 0.1
+            torch.testing.assert_close(model.training_step(make_pairs(), None)["loss"], library.loss)
 
 
 # Chinese CLIP's get_text_features fails on transformers 4.57: it projects the output of a pooler that isn't there.

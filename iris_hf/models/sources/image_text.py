@@ -25,7 +25,7 @@ _CLIP_IMAGES = {
 
 @dataclass(frozen=True)
 class ImageTextType:
-    """What is to be known of a model type with `vision_model`, `text_model` and `logit_scale`.
+    """What is to be known of a model type with `vision_model` and `text_model`.
 
     Attributes:
         pooling: How the text tower's output becomes one vector.
@@ -37,13 +37,17 @@ class ImageTextType:
 
 
 IMAGE_TEXT_TYPES = {
+    "align": ImageTextType("cls", {}),
     "altclip": ImageTextType("pooler", _CLIP_IMAGES),
     "chinese_clip": ImageTextType("cls", _CLIP_IMAGES),
     "clip": ImageTextType("pooler", _CLIP_IMAGES),
     "metaclip_2": ImageTextType("pooler", _CLIP_IMAGES),
     "siglip": ImageTextType("pooler", {"resize": "squash", "interpolation": "bicubic"}),
 }
-"""Types of models by their `model_type`. SigLIP 2 with images of one size is `siglip`, too."""
+"""Types of models by their `model_type`. SigLIP 2 with images of one size is `siglip`, too.
+
+ALIGN divides by a temperature. Its `logit_scale` is saved as that, and comes back within rounding.
+"""
 
 _MODULES = {
     "vision_model": "image_model.network",
@@ -64,13 +68,18 @@ def to_towers(
     settings = network.config
     image_projection, text_projection = (getattr(network, n, None) for n in ("visual_projection", "text_projection"))
     vision, text = settings.vision_config, settings.text_config
+    image_dim = vision.hidden_size if hasattr(vision, "hidden_size") else settings.projection_dim
     text_dim = text.projection_size if text_projection is None else text_projection.in_features
+    pooling = IMAGE_TEXT_TYPES[settings.model_type].pooling
+    if pooling == "cls" and getattr(network.text_model, "pooler", None) is not None:
+        network.text_model.pooler.requires_grad_(False)  # ALIGN has one and uses it for nothing
+    has_temperature = hasattr(network, "temperature")
     bias = getattr(network, "logit_bias", None)
     model = ImageTextContrastiveModel(
-        ImageEncoder(network.vision_model, image_spec, output="pooler_output", feature_dim=vision.hidden_size),
+        ImageEncoder(network.vision_model, image_spec, output="pooler_output", feature_dim=image_dim),
         TextEncoder(
             network.text_model,
-            pooling=IMAGE_TEXT_TYPES[settings.model_type].pooling,
+            pooling=pooling,
             feature_dim=text_dim,
             max_length=longest_text(network.text_model, text),
             tokenizer_name=tokenizer_name,
@@ -78,7 +87,7 @@ def to_towers(
         loss=choose_loss(loss, has_bias=bias is not None, what=settings.model_type),
         image_projection=image_projection,
         text_projection=text_projection,
-        logit_scale=network.logit_scale,
+        logit_scale=-network.temperature.log() if has_temperature else network.logit_scale,
         logit_bias=bias,
     )
     model._hf_config = copy.deepcopy(settings)
@@ -97,10 +106,14 @@ def from_towers(model: ImageTextContrastiveModel) -> Any:
     for theirs, ours in _MODULES.items():
         if hasattr(network, theirs):
             setattr(network, theirs, model.get_submodule(ours))
-    for name in ("logit_scale", "logit_bias"):
-        if hasattr(network, name):
-            value = getattr(model, name).detach().reshape(getattr(network, name).shape)
-            setattr(network, name, nn.Parameter(value))
+    scalars = {
+        "logit_scale": model.logit_scale,
+        "temperature": (-model.logit_scale).exp(),
+        "logit_bias": model.logit_bias,
+    }
+    for name, value in scalars.items():
+        if hasattr(network, name) and value is not None:
+            setattr(network, name, nn.Parameter(value.detach().reshape(getattr(network, name).shape)))
     return network
 
 
