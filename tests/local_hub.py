@@ -105,7 +105,10 @@ class LocalHub(ThreadingHTTPServer):
             self.server_close()
 
     def fail(self, method: str, path: str, status: int | None, *, times: int = 1, message: str = "") -> None:
-        """Let the next requests whose path matches fail; `status=None` drops the connection in mid-body."""
+        """Let the next requests whose path matches fail; `status=None` drops the connection in mid-body.
+
+        Of an upload that is the body of the request, of a download that of the answer.
+        """
         self.faults.append(Fault(method, path, status, times, message))
 
     def plant(self, repo: str, files: Mapping[str, bytes], *, private: bool = False, branch: str = "main") -> str:
@@ -164,15 +167,16 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.url_path, self.query = url.path, parse_qs(url.query)
         fault = self._next_fault(method)
-        if fault is not None and fault.status is None:
+        self.breaks_off = fault is not None and fault.status is None
+        if self.breaks_off and method != "GET":
             self.rfile.read(min(1000, int(self.headers.get("Content-Length", 0))))
             self.close_connection = True
             self.server.requests.append((method, url.path, 0))
             return
         self.body = self._read_body()
         try:
-            if fault is not None:
-                raise _Refusal(fault.status or 0, fault.message)
+            if fault is not None and fault.status is not None:
+                raise _Refusal(fault.status, fault.message)
             for verb, pattern, handler in _ROUTES:
                 found = re.fullmatch(pattern, url.path)
                 if found and method in verb:
@@ -210,6 +214,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
+        if self.breaks_off:
+            content, self.close_connection = content[: len(content) * 3 // 4], True
         if self.command != "HEAD":
             self.wfile.write(content)
 

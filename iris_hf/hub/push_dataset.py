@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from iris_hf.data.hf_dataset import HFDataset, from_hf
 from iris_hf.errors import ConfigError
@@ -12,12 +12,9 @@ from iris_hf.hub.cards import dataset_card, merge_cards
 from iris_hf.hub.repository import Push, add_tag, commit, explained, patiently, prepare_repository, read_card
 from iris_hf.types import TargetType
 
-if TYPE_CHECKING:
-    import datasets
-
 
 def push_dataset_to_hub(
-    dataset: datasets.Dataset | datasets.DatasetDict | HFDataset | Mapping[str, Any],
+    dataset: Any,
     repo_id: str,
     *,
     target_type: TargetType | None = None,
@@ -31,15 +28,14 @@ def push_dataset_to_hub(
     commit_message: str = "Push a data set with iris_hf",
     dry_run: bool = False,
 ) -> Push:
-    """Push a data set to the Hub as Parquet, with a card that tells its classes, columns and sizes.
+    """Push a data set to the Hub, with a card that tells its classes, columns and sizes.
 
-    `datasets` does the transfer; the card follows in a commit of its own. Images keep their encoded bytes, so that
-    `from_hf(datasets.load_dataset(repo_id, split=...))` gives equal pixels and equal targets. After a failure the same
-    call goes on: files that arrived are not sent again.
+    `datasets` transfers the rows as Parquet; the card follows in a commit of its own. Images keep their encoded bytes,
+    so that `from_hf(datasets.load_dataset(repo_id, split=...))` gives equal pixels and equal targets. After a failure
+    the same call goes on: files that arrived are not sent again.
 
     Args:
-        dataset: What :func:`iris_hf.to_hf` gives or :func:`iris_hf.from_hf` takes or gives, or several of them by the
-            name of their split.
+        dataset: What `to_hf` gives or `from_hf` takes or gives, or several of them by the name of their split.
         repo_id: `owner/name`, or a name of the token's owner. It is made if absent.
         target_type: What the targets mean; None tells it by the columns.
         private: Whether a new repository is private. An existing public one is then refused.

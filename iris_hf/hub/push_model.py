@@ -35,14 +35,14 @@ def push_to_hub(
     parent_commit: str | None = None,
     dry_run: bool = False,
 ) -> Push:
-    """Push a model to the Hub: what :func:`save_pretrained` writes, and a model card.
+    """Push a model to the Hub, with a model card.
 
-    All files come in one commit, so that others see the whole model or the one before. After a failure the same call
-    goes on: a file that arrived is not sent again. The token is the one that huggingface_hub finds: HF_TOKEN, or that
-    of `hf auth login`.
+    The files are those of `save_pretrained` and a README.md. They come in one commit, so that others see the whole
+    model or the one before. After a failure the same call goes on: a file that arrived is not sent again. The token is
+    the one that huggingface_hub finds: HF_TOKEN, or that of `hf auth login`.
 
     Args:
-        model: Any model that :func:`save_pretrained` takes.
+        model: Any model that `save_pretrained` takes.
         repo_id: `owner/name`, or a name of the token's owner. It is made if absent; a model that it held is replaced.
         private: Whether a new repository is private. An existing public one is then refused.
         metrics: Number by name, such as `{"accuracy": 0.93}`; the Hub shows them beside the model.

@@ -30,6 +30,7 @@ def fetch(folder_or_repo_id: str | Path, *, revision: str | None, local_files_on
     from huggingface_hub import snapshot_download
 
     repo_id = str(folder_or_repo_id)
+    at = "" if revision is None else f" at revision {revision!r}"
     try:
         fetched = snapshot_download(
             repo_id,
@@ -40,12 +41,20 @@ def fetch(folder_or_repo_id: str | Path, *, revision: str | None, local_files_on
             library_name="iris_hf",
         )
     except Exception as error:
-        raise hub_error(f"{repo_id!r} is no folder, and", error, repo_id, revision=revision) from error
+        raise hub_error(
+            f"{repo_id!r}{at} is no folder, and", error, repo_id, revision=revision, fetching=True
+        ) from error
     return Path(fetched)
 
 
 def hub_error(
-    doing: str, error: Exception, repo_id: str, *, revision: str | None = None, kind: str = "model"
+    doing: str,
+    error: Exception,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    kind: str = "model",
+    fetching: bool = False,
 ) -> IrisHFError:
     """Build the error for a call to the Hub that failed.
 
@@ -55,6 +64,7 @@ def hub_error(
         repo_id: The repository.
         revision: What was asked of it.
         kind: `model` or `dataset`.
+        fetching: Whether the cache would have served, too.
     """
     from huggingface_hub import constants, errors
 
@@ -73,11 +83,7 @@ def hub_error(
     if _first(causes, errors.OfflineModeIsEnabled) or (
         _first(causes, errors.LocalEntryNotFoundError) and len(causes) == 1
     ):
-        asked = "" if revision is None else f" at revision {revision!r}"
-        return DataError(
-            f"{doing} {repo_id!r}{asked} is not in the cache, or not all of it, and the Hub is not to be asked "
-            "(HF_HUB_OFFLINE or local_files_only). Fetch it once while the Hub may be asked."
-        )
+        return DataError(f"{doing} {_offline(fetching)}")
     answered = _answered(causes)
     if answered is not None:
         return DataError(f"{doing} {_refusal(answered)}")
@@ -116,6 +122,15 @@ def _is_of_network(error: BaseException) -> bool:
 
 def _first(causes: list[BaseException], kind: type[ErrorT]) -> ErrorT | None:
     return next((cause for cause in causes if isinstance(cause, kind)), None)
+
+
+def _offline(fetching: bool) -> str:
+    if fetching:
+        return (
+            "it is not in the cache, or not all of it, while the Hub is not to be asked (HF_HUB_OFFLINE or "
+            "local_files_only). Fetch it once while the Hub may be asked."
+        )
+    return "the Hub is not to be asked (HF_HUB_OFFLINE). Unset that, or keep the files with save_pretrained."
 
 
 def _missing(repo_id: str) -> str:

@@ -32,6 +32,54 @@ def pull(repo_id: str, name: str, **options: Any) -> list[Any]:
     return outputs(from_pretrained(repo_id, **options), name)
 
 
+def push_pairs(repo_id: str, folder: str) -> tuple[dict[str, int], list[Any], list[int]]:
+    """Push an image-text model whose texts go through a tokenizer of transformers in a local folder."""
+    import shutil
+
+    import torch
+    from models.families import make
+    from models.words import save_word_tokenizer
+
+    import iris_hf
+    from iris_hf.hub.push_model import push_to_hub
+    from iris_hf.models.contrastive import make_image_text_contrastive_model
+    from iris_hf.models.sources.text_encoders import create_hf_text_encoder
+
+    name = save_word_tokenizer(Path(folder), model_max_length=16)
+    settings = {"model_type": "bert", "vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 1}
+    settings |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 16}
+    texts = create_hf_text_encoder(settings, pretrained=False, tokenizer=name)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make_image_text_contrastive_model(
+            make("timm-encoder"), texts, image_feature_dim=512, text_feature_dim=16, projection_dim=8
+        )
+    tokens = iris_hf.create_tokenizer(model)("a big red dog")
+    pushed = push_to_hub(model, repo_id)
+    features = text_features(model)
+    shutil.rmtree(folder)
+    return pushed.files, features, tokens["input_ids"].tolist()
+
+
+def pull_pairs(repo_id: str) -> tuple[list[Any], list[int]]:
+    """Pull it, and give its features of a text and the tokens."""
+    import iris_hf
+    from iris_hf.models.hub import from_pretrained
+
+    model = from_pretrained(repo_id)
+    return text_features(model), iris_hf.create_tokenizer(model)("a big red dog")["input_ids"].tolist()
+
+
+def text_features(model: Any) -> list[Any]:
+    """The features of a text."""
+    import torch
+
+    import iris_hf
+
+    with torch.no_grad():
+        return [model.eval().encode_text(iris_hf.create_tokenizer(model)(["a big red dog"])).numpy()]
+
+
 def make_model(name: str, seed: int = 5) -> Any:
     """A model of a family whose weights are moved by a seed."""
     import torch
@@ -94,6 +142,44 @@ def shown_refs(repo_id: str, kind: str = "model") -> dict[str, str]:
 
     refs = HfApi().list_repo_refs(repo_id, repo_type=kind)
     return {ref.name: ref.target_commit for ref in (*refs.branches, *refs.tags)}
+
+
+def targets_differ(repo_id: str, target_type: str) -> list[str]:
+    """Push a data set of a target type, pull it, and give what differs."""
+    import datasets
+    import PIL.Image
+    import torch
+
+    import iris_hf
+    from iris_hf.hub.push_dataset import push_dataset_to_hub
+
+    generator = np.random.default_rng(0)
+    images = [PIL.Image.fromarray(generator.integers(0, 255, (9, 8 + i, 3), dtype=np.uint8)) for i in range(4)]
+    masks = [torch.from_numpy(generator.integers(0, 2, (3, 9, 8 + i))).float() for i in range(4)]
+    targets: dict[str, list[Any]] = {
+        "multiclass": [0, 2, 1, 0],
+        "multilabel": [torch.tensor(row) for row in ([1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0])],
+        "segmentation": masks,
+        "image_text": [None] * 4,
+    }
+    is_pair = target_type == "image_text"
+    inputs = [(image, f"caption {i}") for i, image in enumerate(images)] if is_pair else images
+    examples = list(zip(inputs, targets[target_type], strict=True))
+    names = None if is_pair else ["a", "b", "c"]
+    source = iris_hf.from_hf(iris_hf.to_hf(examples, target_type=target_type, class_names=names, streaming=False))
+    push_dataset_to_hub(source, repo_id)
+    pulled = iris_hf.from_hf(datasets.load_dataset(repo_id, split="train"))
+    different = [] if pulled.target_type == target_type else [pulled.target_type]
+    for i, (ours, theirs) in enumerate(zip(source, pulled, strict=True)):
+        for a, b in zip(flat(ours), flat(theirs), strict=True):
+            if type(a) is not type(b) or not np.array_equal(np.asarray(a), np.asarray(b)):
+                different.append(f"example {i}: {a} {b}")
+    return different
+
+
+def flat(example: Any) -> list[Any]:
+    """The parts of an example."""
+    return [part for item in example for part in (item if isinstance(item, tuple) else (item,))]
 
 
 def make_boxes(size: int = 7) -> Any:

@@ -48,21 +48,27 @@ def test_the_cache_serves_without_the_hub(client, hub, environment):
     hub.requests.clear()
     offline = client(hub_client.pull, "alice/model", "timm-resnet", local_files_only=True)
     assert all(np.array_equal(a, b) for a, b in zip(offline, expected, strict=True))
-    with pytest.raises(DataError, match=r"'alice/none' is not in the cache.*local_files_only.*Fetch it once"):
+    with pytest.raises(
+        DataError, match=r"'alice/none' is no folder, and it is not in the cache.*local_files_only.*Fetch it once"
+    ):
         client(hub_client.pull, "alice/none", "timm-resnet", local_files_only=True)
-    with pytest.raises(DataError, match=r"'alice/model' at revision 'v9' is not in the cache"):
+    with pytest.raises(DataError, match=r"'alice/model' at revision 'v9' is no folder, and it is not in the cache"):
         client(hub_client.pull, "alice/model", "timm-resnet", revision="v9", local_files_only=True)
     assert not hub.requests
 
     program = (
         "from iris_hf.models.hub import from_pretrained\n"
-        "print(type(from_pretrained('alice/model')).__name__)\n"
-        "try:\n    from_pretrained('alice/none')\nexcept ValueError as error:\n    print(error)\n"
+        "from iris_hf.hub.push_model import push_to_hub\n"
+        "model = from_pretrained('alice/model')\n"
+        "print(type(model).__name__)\n"
+        "for call in (lambda: from_pretrained('alice/none'), lambda: push_to_hub(model, 'alice/model')):\n"
+        "    try:\n        call()\n    except ValueError as error:\n        print(error)\n"
     )
     done = run_python("-c", program, **{**environment, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ImageClassifier\n")
-    assert "'alice/none' is not in the cache" in done.stdout
+    assert "'alice/none' is no folder, and it is not in the cache" in done.stdout
+    assert "Pushing to 'alice/model' failed: the Hub is not to be asked (HF_HUB_OFFLINE)" in done.stdout
     assert not hub.requests
 
 
@@ -73,6 +79,15 @@ def test_an_unreachable_hub_is_named(environment):
     )
     done = run_python("-c", program, **{**environment, "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert "the Hub at http://127.0.0.1:9 cannot be reached" in done.stdout, done.stderr
+
+
+def test_a_download_that_broke_goes_on_where_it_stopped(client, hub):
+    _, _, pushed = client(hub_client.push, "timm-resnet", "alice/halved", seed=21)
+    hub.fail("GET", "/resolve/.*/model.safetensors", None)
+    pulled = client(hub_client.pull, "alice/halved", "timm-resnet")
+    assert all(np.array_equal(a, b) for a, b in zip(pulled, pushed, strict=True))
+    answers = [status for method, path, status in hub.requests if method == "GET" and path.endswith(".safetensors")]
+    assert answers == [200, 206]  # huggingface_hub keeps whole blocks of 10 MB
 
 
 def test_a_failing_hub_is_named(client, hub):

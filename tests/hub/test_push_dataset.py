@@ -11,6 +11,21 @@ def test_a_pushed_data_set_comes_back_bit_equal(client, hub):
     assert client(hub_client.differences, "alice/cells", token=None) == (7, [], ["red", "white"])
 
 
+@pytest.mark.parametrize("target_type", ["multiclass", "multilabel", "segmentation", "image_text"])
+def test_every_target_type_comes_back(target_type, client, hub):
+    assert client(hub_client.targets_differ, f"alice/{target_type}", target_type) == []
+
+
+def test_a_failing_server_is_tried_again_and_a_quota_is_named(client, hub):
+    hub.fail("POST", "/datasets/.*/commit/", 500)
+    hub.fail("POST", "/datasets/.*/preupload/", 500)
+    client(hub_client.push_dataset, "alice/shaky-cells")
+    assert client(hub_client.differences, "alice/shaky-cells")[:2] == (7, [])
+    hub.fail("POST", "/datasets/alice/full/commit/", 403, message="Storage quota exceeded")
+    with pytest.raises(DataError, match=r"Pushing to 'alice/full' failed: the Hub forbids it.*Storage quota exceeded"):
+        client(hub_client.push_dataset, "alice/full")
+
+
 def test_the_card_tells_classes_columns_and_sizes(client, hub):
     client(hub_client.push_dataset, "alice/carded", license="cc-by-4.0", description="Cells of nobody.")
     metadata, text = client(hub_client.dataset_metadata, "alice/carded")

@@ -1,8 +1,14 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import hub_client
 import numpy as np
 import pytest
+from launching import ROOT
 from models.families import NAMES
 
 from iris_hf.errors import ConfigError, DataError
@@ -28,6 +34,18 @@ def test_plain_transformers_loads_a_pushed_model(client, hub):
     probabilities, names = client(hub_client.pull_plainly, "alice/plain")
     assert np.array_equal(probabilities, np.stack(pushed))
     assert names == NAMES
+
+
+def test_the_tokenizer_travels_along(client, hub, tmp_path):
+    folder = tmp_path / "words"
+    folder.mkdir()
+    files, features, tokens = client(hub_client.push_pairs, "alice/pairs", str(folder))
+    assert {"tokenizer.json", "tokenizer_config.json"} < files.keys()
+    assert not folder.exists()
+    assert str(folder).encode() not in b"".join(hub.files("models/alice/pairs").values())
+    pulled, pulled_tokens = client(hub_client.pull_pairs, "alice/pairs")
+    assert equal(pulled, features)
+    assert pulled_tokens == tokens
 
 
 def test_the_hub_shows_task_metrics_and_licence(client, hub):
@@ -181,6 +199,23 @@ def test_an_upload_that_broke_can_be_repeated(client, hub, onnx_folder):
     _, _, after = client(hub_client.push, "timm-resnet", "alice/broken", **options)
     assert not [r for r in hub.requests if r[0] == "PUT"]
     assert equal(client(hub_client.pull, "alice/broken", "timm-resnet"), after)
+
+
+def test_an_upload_whose_process_was_killed_can_be_repeated(client, hub, environment):
+    hub.fail("PUT", "/lfs/", None, times=99)
+    code = (
+        "import hub_client; hub_client.call('hf_alice', hub_client.push, ['timm-resnet', 'alice/killed'], {'seed': 13})"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "hub")])
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **environment, "PYTHONPATH": path})
+    while process.poll() is None and not any(method == "PUT" for method, _, _ in hub.requests):
+        time.sleep(0.1)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not hub.files("models/alice/killed")
+    hub.faults.clear()
+    _, _, pushed = client(hub_client.push, "timm-resnet", "alice/killed", seed=13)
+    assert equal(client(hub_client.pull, "alice/killed", "timm-resnet"), pushed)
 
 
 def test_a_dropped_connection_and_a_failing_server_are_tried_again(client, hub):
