@@ -179,7 +179,8 @@ def _create(
     class_names = _set_classes(settings, target_type, class_names, pretrained=pretrained)
 
     auto_class = getattr(transformers, _AUTO_CLASSES[target_type])
-    supported = {c.model_type: c for c in auto_class._model_mapping}
+    # Optimum's classes for ONNX Runtime register AutoConfig itself, which has no type.
+    supported = {c.model_type: c for c in auto_class._model_mapping if hasattr(c, "model_type")}
     if target_type == "image_text":
         supported = {k: v for k, v in supported.items() if k in IMAGE_TEXT_TYPES}
     if type(settings) not in supported.values():
