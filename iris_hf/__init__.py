@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from iris_hf.models.transforms import create_image_transform as create_image_transform
     from iris_hf.training.schedulers import LrSchedulerConfig as LrSchedulerConfig
     from iris_hf.training.trainer import train as train
+    from iris_hf.training.trainer import train_with_gradient_cache as train_with_gradient_cache
 
 _HOMES = {
     "iris_hf.data.coco": ["load_coco", "save_coco"],
@@ -73,7 +74,7 @@ _HOMES = {
     "iris_hf.models.sources.transformers": ["create_hf_model"],
     "iris_hf.models.transforms": ["create_image_transform"],
     "iris_hf.training.schedulers": ["LrSchedulerConfig"],
-    "iris_hf.training.trainer": ["train"],
+    "iris_hf.training.trainer": ["train", "train_with_gradient_cache"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("metrics",)

@@ -130,6 +130,7 @@ TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
         Task("train", "iris_hf.training.trainer"),
+        Task("train_with_gradient_cache", "iris_hf.training.trainer"),
         Task("predict", "iris_hf.inference.predictor"),
         Task("append_classifier", "iris_hf.models.classifier", output="model"),
         Task("create_hf_model", "iris_hf.models.sources.transformers", output="model"),
