@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / folder) for folder in ("", "export")]
 
-from models.families import FAMILIES, TOWERS, make
-from onnx_models import enliven
+from models.families import FAMILIES, TOWERS, make  # noqa: E402
+from onnx_models import enliven  # noqa: E402
 
-from iris_hf.export.onnx import export_onnx_model
+from iris_hf.export.onnx import export_onnx_model  # noqa: E402
 
 
 def main(names: list[str]) -> None:

@@ -60,7 +60,7 @@ def write_folder(export: OnnxExport, graph: Graph, model: nn.Module, folder: Pat
         (aside / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         if names is not None:
             (aside / LABELS_FILE).write_text(json.dumps(list(names), indent=2) + "\n", encoding="utf-8")
-        _make_config(model, names).save_pretrained(aside)
+        _write_config(model, names, aside)
         if spec is not None:
             _save_preprocessor(model, spec, aside)
         for name in (MODEL_FILE, DESCRIPTION_FILE, LABELS_FILE, "config.json", "preprocessor_config.json"):
@@ -97,8 +97,8 @@ def _without_normalisation(spec: ImageSpec) -> ImageSpec:
     return dataclasses.replace(spec, mean=(0.0,) * 3, std=(1.0,) * 3, channels="rgb")
 
 
-def _make_config(model: nn.Module, names: list[str] | None) -> Any:
-    """The configuration of the transformers model within, or one that ONNX Runtime's classes take for any network."""
+def _write_config(model: nn.Module, names: list[str] | None, folder: Path) -> None:
+    """Write the configuration of the transformers model within, or one that Optimum's classes take for any network."""
     from transformers import TimmWrapperConfig
 
     from iris_hf.models.sources.transformers import hf_network
@@ -118,7 +118,12 @@ def _make_config(model: nn.Module, names: list[str] | None) -> Any:
         "multiclass": "single_label_classification",
         "multilabel": "multi_label_classification",
     }.get(str(getattr(model, "target_type", None)))
-    return config
+    config.save_pretrained(folder)
+    if names is not None:  # which the configuration for any network calls otherwise
+        file = folder / "config.json"
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored.update(id2label=config.id2label, label2id=config.label2id)
+        file.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_preprocessor(model: nn.Module, spec: ImageSpec, folder: Path) -> None:

@@ -90,10 +90,10 @@ def _stack(data: Any) -> Tensor:
 
 
 def _linspace(start: Any, end: Any, steps: Any, **kwargs: Any) -> Tensor:
-    if not isinstance(steps, Tensor):
+    if isinstance(steps, int):
         return torch.linspace(start, end, steps, **kwargs)
-    indices = torch.arange(steps, **kwargs)  # type: ignore[call-overload]
-    made: Tensor = start + indices * ((end - start) / (steps - 1).clamp(min=1))
+    gaps = (steps - 1).clamp(min=1) if isinstance(steps, Tensor) else torch.sym_max(steps - 1, 1)  # type: ignore[no-untyped-call]
+    made: Tensor = start + torch.arange(steps, **kwargs) * ((end - start) / gaps)
     return made
 
 
