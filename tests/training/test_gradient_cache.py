@@ -1,0 +1,272 @@
+"""The gradient cache gives the gradients of the whole batch, once, on any number of processes."""
+
+import copy
+import logging
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from cache_rank import MODELS
+from launching import torchrun
+from pairs import Pairs, TwoTowers, full_batch_gradients
+from torch import Tensor, nn
+
+import iris_hf
+from iris_hf.engine.plugins import PluginList
+from iris_hf.engine.rng import probe_generators, seed_generators
+from iris_hf.models.steps import as_cacheable
+from iris_hf.training.gradient_cache import CacheConfig, CachedPass, saved_bytes, split
+
+
+def make_pass(model: nn.Module, size: int, **options: Any) -> CachedPass:
+    settings = {"num_kept_graphs": 0, "memory_budget_in_mb": None, "check_replay": True, **options}
+    module = as_cacheable(model)
+    accelerator = Accelerator(cpu=True)
+    return CachedPass(module, module, accelerator, PluginList([]), config=CacheConfig(sub_batch_size=size, **settings))
+
+
+def cached_gradients(
+    model: nn.Module, inputs: Any, targets: Any, size: int, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same as `full_batch_gradients`, with a cache."""
+    model = copy.deepcopy(model)
+    result = make_pass(model, size, **options).backward(inputs, targets, divisor=1, synchronise=True)
+    return result["loss"], {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(got: tuple[Tensor, dict[str, Tensor]], wanted: tuple[Tensor, dict[str, Tensor]], **tolerance) -> None:
+    torch.testing.assert_close(got[0], wanted[0], **tolerance)
+    assert got[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        torch.testing.assert_close(got[1][name], gradient, **tolerance)
+
+
+EXACT = {"rtol": 1e-10, "atol": 1e-13}
+
+
+@pytest.mark.parametrize("kept", [0, 2, 50])
+@pytest.mark.parametrize("size", [1, 3, 13, 50])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_gradient_is_that_of_the_whole_batch(name: str, size: int, kept: int) -> None:
+    model, (inputs, targets) = MODELS[name](), Pairs().batch()
+    wanted = full_batch_gradients(model, inputs, targets)
+    assert_equal(cached_gradients(model, inputs, targets, size, num_kept_graphs=kept), wanted, **EXACT)
+
+
+def test_float32_is_as_exact_as_float32_is() -> None:
+    model, (inputs, targets) = TwoTowers(dtype=torch.float32), Pairs(dtype=torch.float32).batch()
+    wanted = full_batch_gradients(model, inputs, targets)
+    assert_equal(cached_gradients(model, inputs, targets, 3), wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kept", [2, 50])
+def test_kept_graphs_change_no_bit(kept: int) -> None:
+    model, (inputs, targets) = TwoTowers(dropout=0.3, dtype=torch.float32), Pairs(dtype=torch.float32).batch()
+    seed_generators(1)
+    wanted = cached_gradients(model, inputs, targets, 3)
+    seed_generators(1)
+    assert_equal(cached_gradients(model, inputs, targets, 3, num_kept_graphs=kept), wanted, rtol=0, atol=0)
+
+
+class Noisy(TwoTowers):
+    """Draws from all three global generators in its forward."""
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        import random
+
+        import numpy as np
+
+        images, texts = inputs
+        return super().forward((images * (1 + random.random()) + np.random.random(), texts))
+
+
+def test_second_pass_replays_every_random_number_and_the_generators_advance_once() -> None:
+    inputs, targets = Pairs().batch()
+    model = Noisy(dropout=0.5)
+    seed_generators(11)
+    features = [model(part) for part in split(inputs, 3)]  # what one pass over the sub-batches draws
+    once = probe_generators()
+    tensors = [torch.cat([f[0] for f in features]), torch.cat([f[1] for f in features]), features[0][2]]
+    loss = model.criterion(tensors, targets)
+    loss.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    seed_generators(11)
+    got = cached_gradients(model, inputs, targets, 3)  # check_replay compares the features to the bit
+    assert probe_generators() == once
+    assert_equal(got, (loss.detach(), wanted), **EXACT)
+
+
+# Inductor itself uses what torch deprecates: https://github.com/pytorch/pytorch/issues/178060
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_compiled_model_replays_its_dropout() -> None:
+    inputs, targets = Pairs(dtype=torch.float32).batch()
+    model = TwoTowers(dropout=0.5, dtype=torch.float32)
+    model.image_model.compile()
+    model.text_model.compile()
+    seed_generators(3)
+    cache = make_pass(model, 13)  # one sub-batch: no second shape to compile for
+    cache.backward(inputs, targets, divisor=1, synchronise=True)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_check_replay_finds_a_model_that_keeps_state() -> None:
+    class Counting(TwoTowers):
+        calls = 0
+
+        def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+            self.calls += 1
+            return super().forward((inputs[0] + self.calls, inputs[1]))
+
+    inputs, targets = Pairs().batch()
+    with pytest.raises(iris_hf.ConfigError, match=r"Feature tensor 0 .*largest difference .*keeps state between calls"):
+        cached_gradients(Counting(), inputs, targets, 5)
+
+
+def test_batch_norm_counts_every_example_once_and_warns(caplog: pytest.LogCaptureFixture) -> None:
+    inputs, targets = Pairs().batch()
+    model = TwoTowers(norm=True)
+    with caplog.at_level(logging.WARNING, "iris_hf"):
+        cache = make_pass(model, 5)
+    assert "2 BatchNorm layers normalise each sub-batch of 5" in caplog.text
+    once = copy.deepcopy(model)
+    for part in split(inputs, 5):
+        once(part)
+    cache.backward(inputs, targets, divisor=1, synchronise=True)
+    assert {n: b.tolist() for n, b in model.named_buffers()} == {n: b.tolist() for n, b in once.named_buffers()}
+    assert all(norm.track_running_stats for norm in cache.norms)
+
+
+def test_a_frozen_tower_is_computed_once_with_the_same_gradients() -> None:
+    inputs, targets = Pairs().batch()
+    model = TwoTowers(dropout=0.4)
+    model.image_model.requires_grad_(False)
+    calls: list[int] = []
+    model.image_model[0].register_forward_hook(lambda *_: calls.append(1))
+    cache = make_pass(model, 4)
+    seed_generators(2)
+    cache.backward(inputs, targets, divisor=1, synchronise=True)
+    assert len(calls) == 4  # 13 examples in sub-batches of 4
+    assert cache.frozen == [model.image_model]
+    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    seed_generators(2)
+    features = [model(part) for part in split(inputs, 4)]
+    tensors = [torch.cat([f[0] for f in features]), torch.cat([f[1] for f in features]), features[0][2]]
+    model.criterion(tensors, targets).backward()
+    assert got.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(got[name], parameter.grad, **EXACT)
+
+
+def test_a_frozen_part_behind_a_trainable_one_still_passes_gradients_on() -> None:
+    class Behind(TwoTowers):
+        def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+            u = torch.tanh(self.image_projection(self.image_model(inputs[0])))
+            return u, self.text_projection(self.text_model(inputs[1])), self.logit_scale.exp()
+
+    inputs, targets = Pairs().batch()
+    model = Behind()
+    model.image_projection.requires_grad_(False)
+    assert_equal(cached_gradients(model, inputs, targets, 4), full_batch_gradients(model, inputs, targets), **EXACT)
+
+
+class Lists(nn.Module):
+    """Takes dicts, and lists of images of different sizes; returns one feature tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4, dtype=torch.float64)
+        self.criterion = nn.CrossEntropyLoss()
+
+    def forward(self, inputs: dict[str, Any]) -> Tensor:
+        means = torch.stack([image.mean((1, 2)) for image in inputs["images"]])
+        return self.layer(means) * inputs["weights"]["by_example"][:, None] * inputs["weights"]["for_all"]
+
+
+def test_dicts_and_images_of_different_sizes_are_divided_by_example() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "images": [torch.rand(3, 4 + i, 9 - i, generator=generator, dtype=torch.float64) for i in range(7)],
+        "weights": {"by_example": torch.rand(7, generator=generator, dtype=torch.float64), "for_all": torch.tensor(2)},
+        "note": "goes along",
+    }
+    targets = torch.tensor([0, 1, 2, 3, 0, 1, 2])
+    model = Lists()
+    wanted = full_batch_gradients(model, inputs, targets)
+    assert_equal(cached_gradients(model, inputs, targets, 2), wanted, **EXACT)
+    assert [len(part["images"]) for part in split(inputs, 3)] == [3, 3, 1]
+
+
+def test_saved_bytes_grow_linearly_and_peak_at_one_sub_batch() -> None:
+    sizes = []
+    for num_examples in (64, 128, 256):
+        model, (inputs, targets) = TwoTowers(), Pairs(num_examples).batch()
+        with saved_bytes(model) as found:
+            model.criterion(model(inputs), targets)
+        sizes.append(sum(found.values()))
+    assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]), rel=0.1)  # nothing of size B x B
+
+
+def test_a_memory_budget_decides_how_many_graphs_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    inputs, targets = Pairs(64).batch()
+    with caplog.at_level(logging.INFO, "iris_hf"):
+        none = make_pass(TwoTowers(), 8, memory_budget_in_mb=0)
+        none.backward(inputs, targets, divisor=1, synchronise=True)
+        some = make_pass(TwoTowers(), 8, memory_budget_in_mb=0.02)
+        some.backward(inputs, targets, divisor=1, synchronise=True)
+    assert none.num_kept_graphs == 0
+    assert some.num_kept_graphs is not None
+    assert 1 <= some.num_kept_graphs <= 20
+    assert "the graph of a sub-batch of 8 holds" in caplog.text
+
+
+def test_every_graph_is_released_before_the_next() -> None:
+    alive: list[int] = []
+    graphs: set[int] = set()
+
+    class Model(TwoTowers):
+        def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+            u, *rest = super().forward(inputs)
+            if torch.is_grad_enabled():
+                held = torch.zeros(1)
+                key = id(held)
+                graphs.add(key)
+                weakref.finalize(held, graphs.discard, key)
+                u = u * (1 + held.requires_grad_(True) * 0)
+                alive.append(len(graphs))
+            return (u, *rest)
+
+    inputs, targets = Pairs().batch()
+    make_pass(Model(), 2).backward(inputs, targets, divisor=1, synchronise=True)
+    assert len(alive) >= 7
+    assert max(alive) == 1
+
+
+COUNTS = {"5 + 8": (5, 8), "one empty": (13, 0), "three": (4, 0, 9)}
+
+
+@pytest.fixture(scope="module", params=COUNTS.values(), ids=COUNTS)
+def on_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    out = tmp_path_factory.mktemp("cache") / "out.pt"
+    script = str(Path(__file__).with_name("cache_rank.py"))
+    done = torchrun(len(request.param), script, str(out), *map(str, request.param))
+    assert done.returncode == 0, done.stderr
+    return torch.load(out)
+
+
+def test_uneven_ranks_have_the_gradients_of_one_process_with_the_whole_batch(on_ranks: dict[Any, Any]) -> None:
+    inputs, targets = Pairs().batch()
+    for (name, _, _), (loss, gradients, _) in on_ranks.items():
+        model = MODELS[name]()
+        wanted = full_batch_gradients(model, inputs, targets)
+        assert_equal((torch.tensor(loss, dtype=torch.float64), gradients), wanted, **EXACT)
+
+
+def test_gradients_are_reduced_once_per_step(on_ranks: dict[Any, Any]) -> None:
+    assert all(reductions == 1 for _, _, reductions in on_ranks.values())
