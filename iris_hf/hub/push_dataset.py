@@ -9,7 +9,8 @@ from typing import Any
 from iris_hf.data.hf_dataset import HFDataset, from_hf
 from iris_hf.errors import ConfigError
 from iris_hf.hub.cards import dataset_card, merge_cards
-from iris_hf.hub.repository import Push, add_tag, commit, explained, patiently, prepare_repository, read_card
+from iris_hf.hub.repository import Push, add_tag, commit, explained, prepare_repository, read_card
+from iris_hf.models.pull import patiently
 from iris_hf.types import TargetType
 
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from iris_hf._version import __version__
 from iris_hf.errors import ConfigError
-from iris_hf.models.pull import hub_error, may_pass
+from iris_hf.models.pull import hub_error, patiently
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 Kind = Literal["model", "dataset"]
-T = TypeVar("T")
-_WAITS = (1.0, 3.0)
 
 
 class Push(NamedTuple):
@@ -47,18 +44,6 @@ def explained(repo_id: str, *, kind: Kind, revision: str | None = None) -> Itera
         yield
     except Exception as error:
         raise hub_error(f"Pushing to {repo_id!r} failed:", error, repo_id, revision=revision, kind=kind) from error
-
-
-def patiently(call: Callable[[], T]) -> T:
-    """Make a call that may be repeated, and repeat it after 1 and 3 seconds if the Hub or the network failed."""
-    for seconds in _WAITS:
-        try:
-            return call()
-        except Exception as error:
-            if not may_pass(error):
-                raise
-        time.sleep(seconds)
-    return call()
 
 
 def prepare_repository(repo_id: str, *, kind: Kind, private: bool, revision: str | None, tag: str | None) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from iris_hf.errors import DataError, IrisHFError, unknown_name
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
+T = TypeVar("T")
+_WAITS = (1.0, 3.0)  # seconds
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # the last three are tokenizers'
 _NETWORK = ("requests", "urllib3", "httpx", "httpx2")  # the first two are of huggingface_hub 0.36
 
@@ -32,13 +35,15 @@ def fetch(folder_or_repo_id: str | Path, *, revision: str | None, local_files_on
     repo_id = str(folder_or_repo_id)
     at = "" if revision is None else f" at revision {revision!r}"
     try:
-        fetched = snapshot_download(
-            repo_id,
-            revision=revision,
-            allow_patterns=list(_FILES),
-            ignore_patterns=["*/*"],
-            local_files_only=local_files_only,
-            library_name="iris_hf",
+        fetched = patiently(
+            lambda: snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=list(_FILES),
+                ignore_patterns=["*/*"],
+                local_files_only=local_files_only,
+                library_name="iris_hf",
+            )
         )
     except Exception as error:
         raise hub_error(
@@ -96,9 +101,24 @@ def hub_error(
     return DataError(f"{doing} {type(causes[-1]).__name__}: {causes[-1]}")
 
 
-def may_pass(error: Exception) -> bool:
-    """Whether a call to the Hub failed by the Hub's or the network's fault, so that it may be repeated."""
+def patiently(call: Callable[[], T]) -> T:
+    """Make a call that may be repeated, and repeat it after 1 and 3 seconds if the Hub or the network failed."""
+    for seconds in _WAITS:
+        try:
+            return call()
+        except Exception as error:
+            if not _may_pass(error):
+                raise
+        time.sleep(seconds)
+    return call()
+
+
+def _may_pass(error: Exception) -> bool:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     causes = list(_causes(error))
+    if _first(causes, OfflineModeIsEnabled):
+        return False
     answered = _answered(causes)
     if answered is not None:
         return bool(answered.response.status_code >= 500)
