@@ -1,4 +1,4 @@
-"""The two ways from a graph to an ONNX file: Optimum's exporter, or torch's where Optimum cannot be imported."""
+"""The ways from a graph to an ONNX file: Optimum's exporter, or torch's where Optimum cannot be imported."""
 
 from __future__ import annotations
 
@@ -12,36 +12,56 @@ from typing import Any
 
 import torch
 
-from iris_hf.errors import ConfigError, MissingDependencyError
+from iris_hf.errors import ConfigError, MissingDependencyError, unknown_name
 from iris_hf.export.examples import Batch
 from iris_hf.export.graph import Graph
 from iris_hf.export.operators import ExportableOperators, exportable_padding
+
+EXPORTERS = ("auto", "optimum", "torchscript", "dynamo")
 
 Axes = dict[str, dict[int, str]]
 """Name of an input or output -> index of an axis of variable length -> its name."""
 
 
-def find_exporter() -> str:
-    """`optimum` where it can be imported, else `torch`.
+def find_exporters(name: str = "auto") -> list[str]:
+    """The exporters to try, in this order.
+
+    Args:
+        name: One of :data:`EXPORTERS`. `optimum` needs transformers 4. `torchscript` is the exporter of torch that
+            Optimum calls, too; `dynamo` torch's newer one, which needs onnxscript and takes many times as long. `auto`:
+            Optimum or else TorchScript, then dynamo where onnxscript is there.
 
     Raises:
-        MissingDependencyError: If there is neither.
+        ConfigError: If the name is unknown.
+        MissingDependencyError: If onnx or ONNX Runtime is missing, or what the exporter needs.
     """
-    _require("onnx", "onnxruntime")
+    if name not in EXPORTERS:
+        raise unknown_name("exporter", name, EXPORTERS)
+    missing = [module for module in ("onnx", "onnxruntime") if importlib.util.find_spec(module) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"export_onnx needs {' and '.join(missing)}: pip install 'iris-hf[onnx]' with transformers 4, "
+            "'iris-hf[onnx5]' with transformers 5."
+        )
+    has_onnxscript = importlib.util.find_spec("onnxscript") is not None
+    if name == "dynamo" and not has_onnxscript:
+        raise MissingDependencyError("The exporter 'dynamo' needs onnxscript: pip install 'iris-hf[onnx5]'.")
+    if name in ("dynamo", "torchscript"):
+        return [name]
     try:
         import optimum.exporters.onnx  # noqa: F401
-    except ImportError:
-        if importlib.util.find_spec("onnxscript") is None:
+    except ImportError as error:
+        if name == "optimum":
             raise MissingDependencyError(
-                "export_onnx needs Optimum (transformers 4: pip install 'iris-hf[onnx]') or onnxscript "
-                "(transformers 5: pip install 'iris-hf[onnx5]')."
-            ) from None
-        return "torch"
-    return "optimum"
+                "The exporter 'optimum' needs transformers 4 and optimum-onnx: pip install 'iris-hf[onnx]'. "
+                "With transformers 5 leave the exporter to iris_hf."
+            ) from error
+        return ["torchscript", *["dynamo"] * has_onnxscript]
+    return ["optimum"] if name == "optimum" else ["optimum", *["dynamo"] * has_onnxscript]
 
 
-def write_onnx(graph: Graph, batch: Batch, axes: Axes, file: Path, *, opset: int) -> str:
-    """Write a graph into one file and return the name of the exporter that did.
+def write_onnx(graph: Graph, batch: Batch, axes: Axes, file: Path, *, opset: int, exporter: str) -> None:
+    """Write a graph into one file.
 
     Args:
         graph: What to write.
@@ -49,22 +69,26 @@ def write_onnx(graph: Graph, batch: Batch, axes: Axes, file: Path, *, opset: int
         axes: The axes of variable length, of inputs and outputs.
         file: Where to.
         opset: Version of the operators.
+        exporter: One of :func:`find_exporters`.
 
     Raises:
         ConfigError: If the exporter cannot write one of the operations.
-        MissingDependencyError: If no exporter is installed.
     """
-    exporter = find_exporter()
-    write = _write_with_optimum if exporter == "optimum" else _write_with_torch
+    write = {"optimum": _write_with_optimum, "torchscript": _write_with_torchscript, "dynamo": _write_with_dynamo}
     with quiet(), _without_fast_path(), ExportableOperators(), exportable_padding(), torch.no_grad():
         try:
-            write(graph, batch, axes, file, opset)
+            write[exporter](graph, batch, axes, file, opset)
         except Exception as error:
             raise ConfigError(
-                f"{type(graph.model).__name__} cannot be exported by {exporter} with opset {opset}: "
-                f"{type(error).__name__}: {error}"
+                f"{type(graph.model).__name__} cannot be exported by {exporter} with opset {opset}: {_reason(error)}"
             ) from error
-    return exporter
+
+
+def _reason(error: BaseException) -> str:
+    """What is at the bottom of an exporter's error, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def _write_with_optimum(graph: Graph, batch: Batch, axes: Axes, file: Path, opset: int) -> None:
@@ -92,7 +116,7 @@ def _write_with_optimum(graph: Graph, batch: Batch, axes: Axes, file: Path, opse
     export(graph, GraphConfig(graph.config), file, opset=opset)
 
 
-def _write_with_torch(graph: Graph, batch: Batch, axes: Axes, file: Path, opset: int) -> None:
+def _write_with_dynamo(graph: Graph, batch: Batch, axes: Axes, file: Path, opset: int) -> None:
     from torch.export import Dim
 
     torch.onnx.export(
@@ -110,6 +134,19 @@ def _write_with_torch(graph: Graph, batch: Batch, axes: Axes, file: Path, opset:
     _strip_traces(file)
 
 
+def _write_with_torchscript(graph: Graph, batch: Batch, axes: Axes, file: Path, opset: int) -> None:
+    torch.onnx.export(
+        graph,
+        tuple(batch.values()),
+        str(file),
+        input_names=graph.input_names,
+        output_names=graph.output_names,
+        dynamic_axes=axes,
+        opset_version=opset,
+        dynamo=False,
+    )
+
+
 def _strip_traces(file: Path) -> None:
     """Take out where in the sources each node comes from: paths of a machine, and most of the size of a small file."""
     import onnx
@@ -123,12 +160,6 @@ def _strip_traces(file: Path) -> None:
         for value in graph.value_info:
             del value.metadata_props[:]
     onnx.save(model, str(file))
-
-
-def _require(*modules: str) -> None:
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingDependencyError(f"{' and '.join(missing)} missing: pip install 'iris-hf[onnx]'.")
 
 
 @contextmanager

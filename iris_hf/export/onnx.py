@@ -26,7 +26,7 @@ from iris_hf.export.examples import (
     split_inputs,
     vary,
 )
-from iris_hf.export.exporters import Axes, find_exporter, write_onnx
+from iris_hf.export.exporters import Axes, find_exporters, write_onnx
 from iris_hf.export.folder import MODEL_FILE, write_folder
 from iris_hf.export.graph import Graph, make_graph
 from iris_hf.export.operators import FirstOfEquals
@@ -55,7 +55,7 @@ class OnnxExport:
         output_names: Outputs of the graph.
         dynamic_size: Whether it takes images of other sizes than it was traced with.
         precision: `fp32`, `fp16` or `int8`.
-        exporter: `optimum` or `torch`.
+        exporter: `optimum`, `torchscript` or `dynamo`: the one that made it.
     """
 
     data: bytes = dataclasses.field(repr=False)
@@ -76,6 +76,7 @@ def export_onnx(
     input_size: int | Sequence[int] = DEFAULT_SIZE,
     opset: int = 18,
     precision: Precision = "fp32",
+    exporter: Literal["auto", "optimum", "torchscript", "dynamo"] = "auto",
     dynamic_size: bool | None = None,
     tolerance: float | None = None,
     folder: str | Path | None = None,
@@ -100,6 +101,8 @@ def export_onnx(
         opset: Version of the ONNX operators.
         precision: `fp32`; `fp16`, weights and arithmetic of half precision; `int8`, matrix products in integers whose
             ranges are found while the model runs. Inputs and outputs are float32 always.
+        exporter: `optimum`, `torchscript` or `dynamo`; `auto` is Optimum, or TorchScript where Optimum cannot be imported
+            (transformers 5), then dynamo if that fails and onnxscript is installed.
         dynamic_size: Whether the graph takes images of any size; None asks the model's image_spec.
         tolerance: Largest absolute error allowed, as a multiple of the largest absolute value of an output where that
             exceeds 1. None: 1e-4 for fp32, 0.05 for fp16, no limit for int8.
@@ -121,6 +124,7 @@ def export_onnx(
         input_size=input_size,
         opset=opset,
         precision=precision,
+        exporter=exporter,
         dynamic_size=dynamic_size,
         tolerance=tolerance,
         folder=folder,
@@ -134,6 +138,7 @@ def export_onnx_model(
     input_size: int | Sequence[int] = DEFAULT_SIZE,
     opset: int = 18,
     precision: Precision = "fp32",
+    exporter: Literal["auto", "optimum", "torchscript", "dynamo"] = "auto",
     dynamic_size: bool | None = None,
     tolerance: float | None = None,
     folder: str | Path | None = None,
@@ -149,7 +154,7 @@ def export_onnx_model(
         raise ConfigError(f"{str(folder)!r} is a file. Give a folder.")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"A model must be a torch.nn.Module, got {type(model).__name__}.")
-    find_exporter()
+    exporters = find_exporters(exporter)
     size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     if size > _LARGEST_FILE:
         raise ConfigError(f"The model has {size / 2**30:.1f} GiB of weights, and an ONNX file holds 2 GiB.")
@@ -161,7 +166,7 @@ def export_onnx_model(
     graph = make_graph(model, batch, layout)
     for dynamic in _sizes_to_try(model, batch, dynamic_size):
         try:
-            data, comparison, exporter = _convert(graph, batch, dynamic, opset, precision, tolerance)
+            data, comparison, used = _convert(graph, batch, dynamic, exporters, opset, precision, tolerance)
             break
         except ConfigError as error:
             if not dynamic or dynamic_size is not None:
@@ -180,14 +185,14 @@ def export_onnx_model(
         output_names=graph.output_names,
         dynamic_size=dynamic,
         precision=precision,
-        exporter=exporter,
+        exporter=used,
     )
     logger.info(
         "Exported %s (%s, %.1f MiB) with %s: maximum error %.3g, same decisions %s.",
         type(model).__name__,
         precision,
         len(data) / 2**20,
-        exporter,
+        used,
         export.max_error,
         "unknown" if export.agreement is None else f"{export.agreement:.1%}",
     )
@@ -207,21 +212,37 @@ def _sizes_to_try(model: nn.Module, batch: Batch, dynamic_size: bool | None) -> 
 
 
 def _convert(
-    graph: Graph, batch: Batch, dynamic: bool, opset: int, precision: str, tolerance: float | None
+    graph: Graph,
+    batch: Batch,
+    dynamic: bool,
+    exporters: Sequence[str],
+    opset: int,
+    precision: Precision,
+    tolerance: float | None,
 ) -> tuple[bytes, Comparison, str]:
-    """Export and check; return the file, the errors and the exporter."""
+    """Return the file, the errors and the exporter: the first whose graph stands the check."""
     cases = _make_cases(graph, batch, dynamic)
     axes = _find_axes(cases, dynamic)
-    with tempfile.TemporaryDirectory() as workplace:
-        file = Path(workplace) / MODEL_FILE
-        exporter = write_onnx(graph, cases[0].inputs, axes, file, opset=opset)
-        exact = TOLERANCES["fp32"] if tolerance is None or precision != "fp32" else tolerance
-        comparison = compare(graph, file, cases, precision="fp32", tolerance=exact)
-        if precision != "fp32":
-            convert(file, precision)
-            allowed = TOLERANCES[precision] if tolerance is None else tolerance
-            comparison = compare(graph, file, cases, precision=precision, tolerance=allowed)
-        return file.read_bytes(), comparison, exporter
+    failure: ConfigError | None = None
+    for exporter in exporters:
+        with tempfile.TemporaryDirectory() as workplace:
+            file = Path(workplace) / MODEL_FILE
+            try:
+                write_onnx(graph, cases[0].inputs, axes, file, opset=opset, exporter=exporter)
+                exact = TOLERANCES["fp32"] if tolerance is None or precision != "fp32" else tolerance
+                comparison = compare(graph, file, cases, precision="fp32", tolerance=exact)
+                if precision != "fp32":
+                    convert(file, precision)
+                    allowed = TOLERANCES[precision] if tolerance is None else tolerance
+                    comparison = compare(graph, file, cases, precision=precision, tolerance=allowed)
+                return file.read_bytes(), comparison, exporter
+            except ConfigError as error:
+                if failure is None:
+                    failure = error
+                else:
+                    failure.add_note(f"Nor with {exporter}: {error}")
+    assert failure is not None
+    raise failure
 
 
 def _make_cases(graph: Graph, batch: Batch, dynamic: bool) -> list[Case]:

@@ -15,9 +15,9 @@ def _has(*names: str) -> bool:
 
 
 HAS_RUNTIME = _has("onnx", "onnxruntime")
+HAS_ONNXSCRIPT = HAS_RUNTIME and _has("onnxscript")
 HAS_OPTIMUM = HAS_RUNTIME and _has("optimum") and _has("optimum.onnxruntime")
 """True on the transformers 4 line."""
-HAS_EXPORTER = HAS_RUNTIME and (HAS_OPTIMUM or _has("onnxscript"))
 
 
 class Stepped(nn.Module):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from models.families import FAMILIES, IMAGE_TEXT, TOWERS, make
 from onnx_models import (
-    HAS_EXPORTER,
+    HAS_ONNXSCRIPT,
     HAS_OPTIMUM,
+    HAS_RUNTIME,
     Baked,
     Listing,
     MaskedTower,
@@ -24,12 +25,13 @@ from onnx_models import (
 from torch import nn
 
 from iris_hf.errors import ConfigError, MissingDependencyError
+from iris_hf.export.exporters import find_exporters
 from iris_hf.export.onnx import export_onnx, export_onnx_model
 from iris_hf.export.operators import FirstOfEquals
 from iris_hf.export.runtime import load_onnx
 from iris_hf.models.contrastive import split_image_text_model
 
-pytestmark = pytest.mark.skipif(not HAS_EXPORTER, reason="the packages of the extra onnx are not installed")
+pytestmark = pytest.mark.skipif(not HAS_RUNTIME, reason="the packages of the extra onnx are not installed")
 
 
 def open_session(data: bytes):
@@ -45,18 +47,14 @@ def run(data: bytes, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     return {o.name: torch.as_tensor(v) for o, v in zip(session.get_outputs(), values, strict=True)}
 
 
-QUICK = ["hf-vit", "hf-rt_detr", "hf-segformer", "timm-resnet"]
-"""Families for torch's exporter, which takes many times as long as Optimum's."""
-
-
-@pytest.mark.parametrize("name", FAMILIES if HAS_OPTIMUM else QUICK)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_exports_and_predicts_the_same(name, tmp_path):
     model = enliven(make(name))
     size, target_type = FAMILIES[name].size, FAMILIES[name].target_type
     export = export_onnx_model(model, input_size=size, folder=tmp_path)
     assert export.max_error <= 1e-5
     assert "logits" in export.output_names
-    assert export.exporter == ("optimum" if HAS_OPTIMUM else "torch")
+    assert export.exporter == find_exporters()[0]
     assert export.dynamic_size == (model.image_spec.variable_size and name != "hf-swin")
     model.eval()
     loaded = load_onnx(tmp_path)
@@ -84,7 +82,7 @@ def towers_of(name):
     return [model, *split_image_text_model(model)[:2]] if name in IMAGE_TEXT else [model]
 
 
-@pytest.mark.parametrize("name", TOWERS if HAS_OPTIMUM else ["hf-clip", "hf-bert"])
+@pytest.mark.parametrize("name", TOWERS)
 def test_image_text_models_and_their_towers_export(name):
     for model in towers_of(name):
         export = export_onnx_model(model, input_size=32)
@@ -194,16 +192,14 @@ def test_a_baked_batch_size_is_an_error(tmp_path):
     folder = tmp_path / "model"
     with pytest.raises(ConfigError, match=r"Baked") as caught:
         export_onnx(Baked(), input_size=16, folder=folder)
-    if HAS_OPTIMUM:
-        assert "int(x.shape[0])" in str(caught.value)
-        assert "(1, 3, 16, 16)" in str(caught.value)
+    assert "int(x.shape[0])" in str(caught.value)
+    assert "(1, 3, 16, 16)" in str(caught.value)
     assert not folder.exists()
 
 
 def test_a_graph_that_differs_is_an_error_that_names_output_and_error(tmp_path):
     folder = tmp_path / "model"
-    message = "output 'logits' by" if HAS_OPTIMUM else "cannot be exported"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=r"output 'logits' by"):
         export_onnx(Sampled(), input_size=16, folder=folder)
     assert not folder.exists()
     with pytest.raises(
@@ -226,6 +222,7 @@ def test_a_failed_export_leaves_an_older_one_as_it_is(tmp_path):
     ("model", "arguments", "message"),
     [
         (Stepped(), {"precision": "fp8"}, "Unknown precision 'fp8'"),
+        (Stepped(), {"exporter": "onnx2"}, "Unknown exporter 'onnx2'"),
         (Stepped(), {"opset": 9}, "opset must be 18 or later, got 9"),
         (Stepped(), {"input_size": 0}, r"input_size must be a positive number of pixels, or \[height, width\], got 0"),
         (Stepped(), {"input_size": [32]}, "input_size must be a positive number"),
@@ -255,8 +252,24 @@ def test_missing_packages_name_the_extra(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else found(name, *a)
     )
-    with pytest.raises(MissingDependencyError, match=r"onnxruntime missing: pip install 'iris-hf\[onnx\]'"):
+    with pytest.raises(MissingDependencyError, match=r"export_onnx needs onnxruntime: pip install 'iris-hf\[onnx\]'"):
         export_onnx(Stepped(), input_size=16)
+
+
+@pytest.mark.skipif(not HAS_ONNXSCRIPT, reason="torch's newer exporter needs onnxscript")
+def test_torchs_newer_exporter_stands_the_same_check():
+    for model in (Stepped(), make("timm-vit")):
+        export = export_onnx_model(model, input_size=32, exporter="dynamo")
+        assert export.exporter == "dynamo"
+        assert export.max_error <= 1e-5
+    with pytest.raises(ConfigError, match="Baked cannot be exported by dynamo"):
+        export_onnx(Baked(), input_size=16, exporter="dynamo")
+
+
+@pytest.mark.skipif(HAS_OPTIMUM, reason="Optimum is there")
+def test_optimum_is_asked_for_by_name_where_it_cannot_be_imported():
+    with pytest.raises(MissingDependencyError, match=r"needs transformers 4 and optimum-onnx: pip install"):
+        export_onnx(Stepped(), input_size=16, exporter="optimum")
 
 
 def test_half_precision_is_smaller_and_close():

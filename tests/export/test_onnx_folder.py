@@ -10,7 +10,7 @@ import pytest
 import torch
 from models.families import FAMILIES, NAMES, make, make_batch
 from models.resnet20 import load_cifar10, load_resnet20
-from onnx_models import HAS_EXPORTER, HAS_OPTIMUM, Stepped, enliven, zero_shot
+from onnx_models import HAS_OPTIMUM, HAS_RUNTIME, Stepped, enliven, zero_shot
 
 import iris_hf
 from iris_hf.errors import DataError
@@ -18,7 +18,7 @@ from iris_hf.export.onnx import export_onnx, export_onnx_model
 from iris_hf.export.runtime import load_onnx
 from iris_hf.models.transforms import create_image_transform
 
-pytestmark = pytest.mark.skipif(not HAS_EXPORTER, reason="the packages of the extra onnx are not installed")
+pytestmark = pytest.mark.skipif(not HAS_RUNTIME, reason="the packages of the extra onnx are not installed")
 needs_optimum = pytest.mark.skipif(not HAS_OPTIMUM, reason="Optimum's classes for ONNX need transformers 4")
 
 PICTURE = PIL.Image.effect_noise((70, 50), 90).convert("RGB")
