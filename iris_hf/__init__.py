@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from iris_hf.data.collate import collate as collate
     from iris_hf.data.convert import to_hf as to_hf
     from iris_hf.data.hf_dataset import from_hf as from_hf
+    from iris_hf.data.image_text_transform import make_image_caption_transform as make_image_caption_transform
+    from iris_hf.data.image_text_transform import make_image_text_transform as make_image_text_transform
     from iris_hf.data.prompts import build_classification_prompt_dataset as build_classification_prompt_dataset
     from iris_hf.data.prompts import create_classification_prompt_generator as create_classification_prompt_generator
     from iris_hf.data.read_targets import get_targets_from_dataset as get_targets_from_dataset
@@ -29,23 +31,31 @@ if TYPE_CHECKING:
     from iris_hf.errors import DataError as DataError
     from iris_hf.errors import IrisHFError as IrisHFError
     from iris_hf.errors import MissingDependencyError as MissingDependencyError
+    from iris_hf.hub.push_dataset import push_dataset_to_hub as push_dataset_to_hub
+    from iris_hf.hub.push_model import push_to_hub as push_to_hub
     from iris_hf.inference.predictor import predict as predict
     from iris_hf.metrics.classification import evaluate_accuracy as evaluate_accuracy
     from iris_hf.metrics.classification import (
         evaluate_multilabel_average_precision as evaluate_multilabel_average_precision,
     )
     from iris_hf.metrics.detection import evaluate_detection_average_precision as evaluate_detection_average_precision
+    from iris_hf.metrics.ranking import evaluate_retrieval as evaluate_retrieval
     from iris_hf.metrics.segmentation import evaluate_mean_iou as evaluate_mean_iou
     from iris_hf.models.classifier import append_classifier as append_classifier
+    from iris_hf.models.contrastive import make_image_text_contrastive_model as make_image_text_contrastive_model
+    from iris_hf.models.contrastive import split_image_text_model as split_image_text_model
+    from iris_hf.models.feature_extractor import make_feature_extractor_model as make_feature_extractor_model
     from iris_hf.models.hub import from_pretrained as from_pretrained
     from iris_hf.models.hub import save_pretrained as save_pretrained
     from iris_hf.models.image_spec import ImageSpec as ImageSpec
     from iris_hf.models.recipe import register_model_factory as register_model_factory
     from iris_hf.models.sources.open_clip import create_open_clip_model as create_open_clip_model
     from iris_hf.models.sources.open_clip import create_tokenizer as create_tokenizer
+    from iris_hf.models.sources.text_encoders import create_hf_text_encoder as create_hf_text_encoder
     from iris_hf.models.sources.timm import create_timm_model as create_timm_model
     from iris_hf.models.sources.transformers import create_hf_model as create_hf_model
     from iris_hf.models.transforms import create_image_transform as create_image_transform
+    from iris_hf.models.zero_shot import build_zero_shot_classifier as build_zero_shot_classifier
     from iris_hf.training.schedulers import LrSchedulerConfig as LrSchedulerConfig
     from iris_hf.training.trainer import train as train
     from iris_hf.training.trainer import train_with_gradient_cache as train_with_gradient_cache
@@ -55,24 +65,32 @@ _HOMES = {
     "iris_hf.data.collate": ["collate"],
     "iris_hf.data.convert": ["to_hf"],
     "iris_hf.data.hf_dataset": ["from_hf"],
+    "iris_hf.data.image_text_transform": ["make_image_caption_transform", "make_image_text_transform"],
     "iris_hf.data.prompts": ["build_classification_prompt_dataset", "create_classification_prompt_generator"],
     "iris_hf.data.read_targets": ["get_targets_from_dataset"],
     "iris_hf.data.sampling": ["make_oversampled_dataset", "sample_few_shot_dataset"],
     "iris_hf.data.subclass": ["get_subclass_dataset"],
     "iris_hf.engine.plugins.base": ["Plugin", "PredictState", "RunState", "TrainState"],
     "iris_hf.errors": ["ConfigError", "DataError", "IrisHFError", "MissingDependencyError"],
+    "iris_hf.hub.push_dataset": ["push_dataset_to_hub"],
+    "iris_hf.hub.push_model": ["push_to_hub"],
     "iris_hf.inference.predictor": ["predict"],
     "iris_hf.metrics.classification": ["evaluate_accuracy", "evaluate_multilabel_average_precision"],
     "iris_hf.metrics.detection": ["evaluate_detection_average_precision"],
+    "iris_hf.metrics.ranking": ["evaluate_retrieval"],
     "iris_hf.metrics.segmentation": ["evaluate_mean_iou"],
     "iris_hf.models.classifier": ["append_classifier"],
+    "iris_hf.models.contrastive": ["make_image_text_contrastive_model", "split_image_text_model"],
+    "iris_hf.models.feature_extractor": ["make_feature_extractor_model"],
     "iris_hf.models.hub": ["from_pretrained", "save_pretrained"],
     "iris_hf.models.image_spec": ["ImageSpec"],
     "iris_hf.models.recipe": ["register_model_factory"],
     "iris_hf.models.sources.open_clip": ["create_open_clip_model", "create_tokenizer"],
+    "iris_hf.models.sources.text_encoders": ["create_hf_text_encoder"],
     "iris_hf.models.sources.timm": ["create_timm_model"],
     "iris_hf.models.sources.transformers": ["create_hf_model"],
     "iris_hf.models.transforms": ["create_image_transform"],
+    "iris_hf.models.zero_shot": ["build_zero_shot_classifier"],
     "iris_hf.training.schedulers": ["LrSchedulerConfig"],
     "iris_hf.training.trainer": ["train", "train_with_gradient_cache"],
 }
