@@ -99,13 +99,6 @@ def outputs(model: Any, name: str) -> list[Any]:
     return [tensor.numpy() for tensor in predict(model, name)]
 
 
-def push_weights_named(repo_id: str, shard: str) -> None:
-    """Leave the weights of an older model in a repository."""
-    from huggingface_hub import HfApi
-
-    HfApi().upload_file(path_or_fileobj=b"old", path_in_repo=shard, repo_id=repo_id)
-
-
 def pull_plainly(repo_id: str) -> tuple[Any, list[str]]:
     """Load a classifier by plain transformers, and give the softmax of its logits and its class names."""
     import torch
@@ -251,8 +244,3 @@ def push_unsavable(repo_id: str) -> None:
     from iris_hf.hub.push_model import push_to_hub
 
     push_to_hub(nn.Conv2d(1, 1, 1), repo_id)
-
-
-def cached_files(home: str) -> list[str]:
-    """The names of all files that were ever fetched."""
-    return sorted({p.name for p in Path(home).rglob("snapshots/*/*")})

@@ -176,7 +176,7 @@ def test_a_dry_run_tells_the_files_and_touches_nothing(client, hub, onnx_folder)
     assert pushed == files
 
 
-def test_the_onnx_folder_travels_along_and_is_not_pulled(client, hub, onnx_folder, environment):
+def test_the_onnx_folder_travels_along_and_is_not_pulled(client, hub, onnx_folder):
     _, _, pushed = client(hub_client.push, "timm-resnet", "alice/exported", onnx_folder=onnx_folder)
     assert hub.files("models/alice/exported")["onnx/model.onnx"] == (onnx_folder / "model.onnx").read_bytes()
     assert equal(client(hub_client.pull, "alice/exported", "timm-resnet"), pushed)
