@@ -30,11 +30,13 @@ def name_input(path: tuple[str | int, ...], tensor: Tensor) -> str:
 
 
 def split_inputs(inputs: Any) -> tuple[Batch, Layout]:
-    """Turn a batch of inputs into named tensors and their layout.
+    """Turn a batch of inputs into named tensors and their layout. A list of images of one size becomes a tensor.
 
     Raises:
         ConfigError: If it holds no tensors, or they have no common batch size.
     """
+    if is_list_of_images(inputs) and len({image.shape for image in inputs}) == 1:
+        inputs = torch.stack(inputs)
     batch, layout = flatten(inputs, name_input)
     sizes = {name: tensor.shape[0] if tensor.ndim else 0 for name, tensor in batch.items()}
     if not batch or min(sizes.values()) < 1 or len(set(sizes.values())) > 1:
@@ -153,6 +155,12 @@ def other_sizes(batch: Batch) -> list[tuple[int, int]]:
     height, width = images.shape[2:]
     odd = (height + (7 - height) % 64, width + (39 - width) % 64)
     return [odd, (height + 32, width + 64)]
+
+
+def is_list_of_images(inputs: Any) -> bool:
+    """Whether a batch is a list of images `[C, H, W]`."""
+    is_list = isinstance(inputs, list) and len(inputs) > 0
+    return is_list and all(isinstance(i, Tensor) and i.ndim == 3 and i.is_floating_point() for i in inputs)
 
 
 def is_images(tensor: Tensor) -> bool:

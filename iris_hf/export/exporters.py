@@ -157,8 +157,7 @@ def _strip_traces(file: Path) -> None:
         for node in graph.node:
             del node.metadata_props[:]
             node.doc_string = ""
-        for value in graph.value_info:
-            del value.metadata_props[:]
+        del graph.value_info[:]  # shapes from before the graph was simplified, which quantization would believe
     onnx.save(model, str(file))
 
 

@@ -101,8 +101,8 @@ def export_onnx(
         opset: Version of the ONNX operators.
         precision: `fp32`; `fp16`, weights and arithmetic of half precision; `int8`, matrix products in integers whose
             ranges are found while the model runs. Inputs and outputs are float32 always.
-        exporter: `optimum`, `torchscript` or `dynamo`; `auto` is Optimum, or TorchScript where Optimum cannot be imported
-            (transformers 5), then dynamo if that fails and onnxscript is installed.
+        exporter: `optimum`, `torchscript` or `dynamo`; `auto` is Optimum, or TorchScript where Optimum cannot be
+            imported (transformers 5), then dynamo if that fails and onnxscript is installed.
         dynamic_size: Whether the graph takes images of any size; None asks the model's image_spec.
         tolerance: Largest absolute error allowed, as a multiple of the largest absolute value of an output where that
             exceeds 1. None: 1e-4 for fp32, 0.05 for fp16, no limit for int8.
@@ -164,18 +164,27 @@ def export_onnx_model(
     batch, layout = split_inputs(example_inputs)
     batch = {name: tensor.detach().cpu() for name, tensor in batch.items()}
     graph = make_graph(model, batch, layout)
-    for dynamic in _sizes_to_try(model, batch, dynamic_size):
-        try:
-            data, comparison, used = _convert(graph, batch, dynamic, exporters, opset, precision, tolerance)
-            break
-        except ConfigError as error:
-            if not dynamic or dynamic_size is not None:
-                raise
-            logger.warning(
-                "%s is exported for images of one size, as the graph for all sizes is wrong: %s",
-                type(model).__name__,
-                error,
-            )
+    allowed = TOLERANCES[precision] if tolerance is None else tolerance
+    with tempfile.TemporaryDirectory() as workplace:
+        file = Path(workplace) / MODEL_FILE
+        for dynamic in _sizes_to_try(model, batch, dynamic_size):
+            cases = _make_cases(graph, batch, dynamic)
+            try:
+                limit = allowed if precision == "fp32" else TOLERANCES["fp32"]
+                comparison, used = _write(graph, cases, _find_axes(cases, dynamic), file, exporters, opset, limit)
+                break
+            except ConfigError as error:
+                if not dynamic or dynamic_size is not None:
+                    raise
+                logger.warning(
+                    "%s is exported for images of one size, as the graph for all sizes is wrong: %s",
+                    type(model).__name__,
+                    error,
+                )
+        if precision != "fp32":
+            convert(file, precision)
+            comparison = compare(graph, file, cases, precision=precision, tolerance=allowed)
+        data = file.read_bytes()
     export = OnnxExport(
         data=data,
         max_error=max(comparison.errors.values()),
@@ -211,36 +220,26 @@ def _sizes_to_try(model: nn.Module, batch: Batch, dynamic_size: bool | None) -> 
     return [True, False] if spec is not None and spec.variable_size and other_sizes(batch) else [False]
 
 
-def _convert(
+def _write(
     graph: Graph,
-    batch: Batch,
-    dynamic: bool,
+    cases: Sequence[Case],
+    axes: Axes,
+    file: Path,
     exporters: Sequence[str],
     opset: int,
-    precision: Precision,
     tolerance: float | None,
-) -> tuple[bytes, Comparison, str]:
-    """Return the file, the errors and the exporter: the first whose graph stands the check."""
-    cases = _make_cases(graph, batch, dynamic)
-    axes = _find_axes(cases, dynamic)
+) -> tuple[Comparison, str]:
+    """Write the file with the first exporter whose graph stands the check; return the errors and that exporter."""
     failure: ConfigError | None = None
     for exporter in exporters:
-        with tempfile.TemporaryDirectory() as workplace:
-            file = Path(workplace) / MODEL_FILE
-            try:
-                write_onnx(graph, cases[0].inputs, axes, file, opset=opset, exporter=exporter)
-                exact = TOLERANCES["fp32"] if tolerance is None or precision != "fp32" else tolerance
-                comparison = compare(graph, file, cases, precision="fp32", tolerance=exact)
-                if precision != "fp32":
-                    convert(file, precision)
-                    allowed = TOLERANCES[precision] if tolerance is None else tolerance
-                    comparison = compare(graph, file, cases, precision=precision, tolerance=allowed)
-                return file.read_bytes(), comparison, exporter
-            except ConfigError as error:
-                if failure is None:
-                    failure = error
-                else:
-                    failure.add_note(f"Nor with {exporter}: {error}")
+        try:
+            write_onnx(graph, cases[0].inputs, axes, file, opset=opset, exporter=exporter)
+            return compare(graph, file, cases, precision="fp32", tolerance=tolerance), exporter
+        except ConfigError as error:
+            if failure is None:
+                failure = error
+            else:
+                failure.add_note(f"Nor with {exporter}: {error}")
     assert failure is not None
     raise failure
 

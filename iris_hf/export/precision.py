@@ -8,6 +8,8 @@ from iris_hf.errors import ConfigError
 from iris_hf.export.exporters import quiet
 
 _QUANTIZED = ["MatMul", "Gemm"]
+_NOT_IN_HALF = ["GridSample", "Resize"]
+"""Operators that ONNX Runtime has in float32 only, or whose converted form it refuses."""
 
 
 def convert(file: Path, precision: str) -> None:
@@ -33,7 +35,7 @@ def _convert_to_fp16(file: Path) -> None:
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     model = onnx.load(str(file))
-    half = convert_float_to_float16(model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, "Resize"])
+    half = convert_float_to_float16(model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_NOT_IN_HALF])
     onnx.save(half, str(file))
 
 

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from iris_hf.errors import DataError, MissingDependencyError
 from iris_hf.export.check import make_session, run_session
-from iris_hf.export.examples import Batch, split_inputs
+from iris_hf.export.examples import Batch, is_list_of_images, split_inputs
 from iris_hf.export.folder import MODEL_FILE, read_description
 from iris_hf.export.structure import rebuild
 from iris_hf.models.image_spec import ImageSpec
@@ -68,8 +67,6 @@ class OnnxModel(nn.Module):
         Raises:
             DataError: If the inputs don't fit the graph; the message names the input, and what the graph takes.
         """
-        if isinstance(inputs, list) and inputs and all(isinstance(i, Tensor) for i in inputs):
-            inputs = torch.stack(inputs)
         batch, _ = split_inputs(inputs)
         device = next(iter(batch.values())).device
         self._check(batch)
@@ -81,7 +78,7 @@ class OnnxModel(nn.Module):
         Args:
             inputs: A batch of what the model took. A list of images of several sizes is run one by one.
         """
-        if isinstance(inputs, list) and len({getattr(i, "shape", None) for i in inputs}) > 1:
+        if is_list_of_images(inputs) and len({image.shape for image in inputs}) > 1:
             return [self.prediction_step(image[None])[0] for image in inputs]
         outputs = self(inputs)
         if "boxes" in self._prediction:

@@ -266,6 +266,14 @@ def test_torchs_newer_exporter_stands_the_same_check():
         export_onnx(Baked(), input_size=16, exporter="dynamo")
 
 
+@pytest.mark.skipif(not HAS_ONNXSCRIPT, reason="torch's newer exporter needs onnxscript")
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_graphs_of_the_newer_exporter_become_smaller(precision):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 256), nn.ReLU(), nn.Linear(256, 10))
+    export = export_onnx_model(model, input_size=16, exporter="dynamo", precision=precision)
+    assert len(export.data) < 0.55 * sum(p.nbytes for p in model.parameters())
+
+
 @pytest.mark.skipif(HAS_OPTIMUM, reason="Optimum is there")
 def test_optimum_is_asked_for_by_name_where_it_cannot_be_imported():
     with pytest.raises(MissingDependencyError, match=r"needs transformers 4 and optimum-onnx: pip install"):
