@@ -9,9 +9,15 @@ al., arXiv 2304.08069; 0.6 million parameters) is built from its configuration a
 192x160 pixels.
 
 With `--overfit 8` it trains and is scored on the same eight images, without augmentation: a mistake in targets,
-matching or boxes would show. On two CPU cores that takes some minutes and prints `AP50 0.990, AP75 0.824`. Without it
-the 205 training images are augmented, and the 72 test images are scored. `outputs/detection.png` shows the predicted
-boxes beside the annotated ones.
+matching or boxes would show. On two CPU cores that takes some minutes and prints `AP50 0.990, AP75 0.824`.
+
+Without it the 205 training images are augmented, and the 72 test images are scored. On one CPU core that takes 6
+minutes and prints
+
+    before training: AP50 0.000
+    after training: AP50 0.584, AP75 0.191, AP 0.258 on 72 images
+
+`outputs/detection.png` shows the annotated boxes, below them the predicted ones, and the AP50 per class.
 """
 
 import argparse
@@ -77,6 +83,7 @@ def main() -> None:
         config=SMALL_RT_DETR,
         image_spec={"height": 160, "width": 192, "resize": "squash"},
     )
+    before, _, _ = score(model, test_set)
     model, seconds = iris_hf.train(
         model,
         train_set,
@@ -90,24 +97,29 @@ def main() -> None:
         random_seed=0,
         plugins=["progressbar", "clip_grad_norm(1.0)"],
     )
-    predictions, targets = iris_hf.predict(test_set, model, iris_hf.create_image_transform(model), batch_size=8)
-    results = iris_hf.evaluate_detection_average_precision(predictions, targets).details
+    results, predictions, targets = score(model, test_set)
 
     from accelerate import PartialState
 
     if PartialState().is_main_process:
         print(f"trained in {seconds:.0f} s on {len(train_set)} images")
-        print(
-            f"AP50 {results['AP50']:.3f}, AP75 {results['AP75']:.3f}, AP {results['AP']:.3f} on {len(test_set)} images"
-        )
+        print(f"before training: AP50 {before['AP50']:.3f}")
+        scores = ", ".join(f"{name} {results[name]:.3f}" for name in ("AP50", "AP75", "AP"))
+        print(f"after training: {scores} on {len(test_set)} images")
         draw(test_set, predictions, targets, results, options.output)
         print(f"boxes and AP per class: {options.output}")
+
+
+def score(model: torch.nn.Module, dataset: Any) -> tuple[dict[str, Any], list[Any], list[Any]]:
+    """Return average precision by its names, predicted boxes and annotated boxes."""
+    predictions, targets = iris_hf.predict(dataset, model, iris_hf.create_image_transform(model), batch_size=8)
+    return iris_hf.evaluate_detection_average_precision(predictions, targets).details, predictions, targets
 
 
 def draw(dataset: Any, predictions: list[Any], targets: list[Any], results: dict[str, Any], path: Path) -> None:
     """Save a picture of four images, annotated above and predicted below, and of the AP per class."""
     matplotlib.use("Agg")
-    figure = plt.figure(figsize=(16, 7), layout="constrained")
+    figure = plt.figure(figsize=(16, 5.6), layout="constrained")
     photos, bars = figure.subfigures(1, 2, width_ratios=(4, 1))
     colours = [f"C{number}" for number in range(dataset.num_classes)]
     for column, axes in enumerate(photos.subplots(2, 4).T):
@@ -125,6 +137,7 @@ def draw(dataset: Any, predictions: list[Any], targets: list[Any], results: dict
     axes.barh(list(found), [ap for ap, _ in found.values()], color=[colour for _, colour in found.values()])
     axes.bar_label(axes.containers[0], fmt="%.2f", padding=3)
     axes.set(xlim=(0, 1.15), title="AP50 per class")
+    axes.invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
 

@@ -10,8 +10,15 @@ from launching import TIMEOUT, is_picture, launch, number
 def test_a_detector_overfits_eight_images(shared_data: Path, tmp_path: Path) -> None:
     folder = str(shared_data / "detection")
     printed = launch("detection.py", folder, "--overfit", "8", "--epochs", "400", folder=tmp_path)
-    assert number("AP50", printed) > 0.9
+    assert number("after training: AP50", printed) > 0.9
     assert is_picture(tmp_path / "outputs" / "detection.png")
+
+
+@pytest.mark.timeout(TIMEOUT)
+def test_a_detector_learns_what_it_finds_on_other_images(shared_data: Path, tmp_path: Path) -> None:
+    printed = launch("detection.py", str(shared_data / "detection"), "--epochs", "8", folder=tmp_path)
+    assert number("before training: AP50", printed) < 0.01
+    assert number("after training: AP50", printed) > 0.2
 
 
 @pytest.mark.timeout(TIMEOUT)
