@@ -56,7 +56,8 @@ def open_accelerator(device: Device | None = None, **options: Any) -> Iterator[A
 
     Args:
         device: `"cpu"` or `"cuda"`; the accelerator that is there, else the CPU, when None.
-        options: Passed to `accelerate.Accelerator`, such as `mixed_precision`.
+        options: Passed to `accelerate.Accelerator`, such as `mixed_precision`, which may also be `auto`: fp16 on a GPU,
+            bf16 on the CPU.
 
     Raises:
         ConfigError: If the device is not there, or Accelerate was set up earlier in this process in a
@@ -72,6 +73,10 @@ def open_accelerator(device: Device | None = None, **options: Any) -> Iterator[A
         raise ConfigError("device='cuda', but torch sees no GPU. Use device='cpu', or None for what is there.")
     # Without cpu=True, a rank that torchrun started on a machine without accelerators believes that it is alone.
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    if options.get("mixed_precision") == "auto":
+        options["mixed_precision"] = "bf16" if on_cpu else "fp16"
+    if options.get("mixed_precision") == "fp16" and on_cpu:
+        raise ConfigError("mixed precision fp16 needs a GPU. Use bf16 on a CPU.")
     world_size = launched_world_size() or 1
     singletons: list[Any] = [AcceleratorState, GradientState]
     if world_size == 1:  # with several processes it holds the process group, of which there is one

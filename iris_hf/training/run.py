@@ -100,11 +100,13 @@ class TrainingRun:
         """Train until the last epoch, or until a plugin asks for a stop."""
         state = self.state
         self.schedule.apply(self.optimizer, self.base_lrs, state.step)
+        state.validates = self.val_loader is not None
         self.plugins.notify("on_train_start", state)
         while state.epoch < state.num_epochs:
             self.train_epoch()
             if self.val_loader is not None and (state.stop_reason or self.config.validates_after(state.epoch)):
-                self.validate()
+                with self.plugins.validation_context(state):
+                    self.validate()
             if state.stop_reason:
                 logger.info("Stopped after step %d: %s", state.step, state.stop_reason)
                 break
@@ -121,22 +123,19 @@ class TrainingRun:
         batches = iter(self.loader)
         while remaining and not state.stop_reason:
             count = min(remaining, self.config.accumulation)
-            state.metrics = self.step(batches, count)
+            self.step(batches, count)
             remaining -= count
             state.step += 1
             self.schedule.apply(self.optimizer, self.base_lrs, state.step)
             self.plugins.notify("on_step_end", state)
         self.plugins.notify("on_epoch_end", state)
 
-    def step(self, batches: Iterator[Any], count: int) -> dict[str, Tensor]:
-        """Take one optimizer step.
+    def step(self, batches: Iterator[Any], count: int) -> None:
+        """Take one optimizer step; set `state.metrics` to the mean loss on this rank and what else the model measures.
 
         Args:
             batches: Yields the micro-batches.
             count: How many of them make this step.
-
-        Returns:
-            The mean loss on this rank and what else the model measures, scalars on the device.
         """
         results = []
         scaler = self.accelerator.scaler
@@ -148,6 +147,7 @@ class TrainingRun:
             inputs, targets = self.plugins.transform("transform_batch", batch)
             with self.noted():
                 results.append(self.pass_.backward(inputs, targets, divisor=count, synchronise=position == count - 1))
+        self.state.metrics = mean_of(results)
         if self.plugins.hooks("on_gradients_ready"):
             if scaler is not None:
                 scaler.unscale_(self.optimizer)
@@ -158,7 +158,6 @@ class TrainingRun:
             scaler.step(self.optimizer)
             scaler.update()
         self.optimizer.zero_grad()
-        return mean_of(results)
 
     def take(self, batches: Iterator[Any]) -> tuple[Any, Any]:
         """Return the next batch, placed for the pass, or raise the error that it could not be made for."""
@@ -175,7 +174,7 @@ class TrainingRun:
 
     @torch.no_grad()
     def validate(self) -> None:
-        """Go through the validation set; set `state.val_loss` to the mean loss per example."""
+        """Go through the validation set; set `state.val_loss`, the mean loss per example, and `state.val_metrics`."""
         from accelerate.utils import gather_object
 
         state, accelerator = self.state, self.accelerator
@@ -191,9 +190,12 @@ class TrainingRun:
             seed_generators(mix(self.seed, VALIDATION, state.epoch, batch.start), accelerator.device)
             with self.noted():
                 loss_sum += self.pass_.loss(inputs, targets).float() * len(batch)
+                for watch in self.plugins.hooks("on_validation_batch"):
+                    watch(state, (inputs, targets))
             count += len(batch)
         losses, counts = zip(*gather_object([(loss_sum.item(), count)]), strict=True)
         state.val_loss = sum(losses) / sum(counts)
+        state.val_metrics = {k: v for hook in self.plugins.hooks("validation_metrics") for k, v in hook(state).items()}
         self.module.train(was_training)
         self.plugins.notify("on_validation_end", state)
 

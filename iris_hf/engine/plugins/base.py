@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from iris_hf.errors import ConfigError
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -42,11 +44,13 @@ class TrainState(RunState):
         examples_per_step: Examples that all processes together use in a full step.
         epoch: The current epoch, from 0.
         step: Optimizer steps done since the start of the run.
+        validates: Whether the run has a validation set.
         metrics: What the last step's examples gave on this rank: `loss`, and the other scalars that the model's
             training step returns or its criterion measures. They are on the device; reading a value waits for
-            it: do it rarely.
+            it: do it rarely. In `on_gradients_ready` they are those of the step at hand.
         val_loss: Mean loss per validation example after the last validation, the same on every rank;
             None before the first.
+        val_metrics: What plugins measured in the last validation, the same on every rank; empty before the first.
         stop_reason: Why the run ends early; None while it goes on.
     """
 
@@ -56,8 +60,10 @@ class TrainState(RunState):
     examples_per_step: int
     epoch: int = 0
     step: int = 0
+    validates: bool = False
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
     val_loss: float | None = None
+    val_metrics: dict[str, float] = field(default_factory=dict)
     stop_reason: str | None = None
 
     @property
@@ -107,7 +113,10 @@ class Plugin:
     """
 
     def accelerator_options(self) -> dict[str, Any]:
-        """Return arguments for `accelerate.Accelerator`, such as `{"mixed_precision": "bf16"}`."""
+        """Return arguments for `accelerate.Accelerator`, such as `{"mixed_precision": "bf16"}`.
+
+        The precision `"auto"` is fp16 on a GPU and bf16 on a CPU.
+        """
         return {}
 
     def transform_model(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -140,8 +149,19 @@ class Plugin:
     def on_validation_start(self, state: TrainState) -> None:
         """Watch: validation begins; the model is in eval mode."""
 
+    def validation_context(self, state: TrainState) -> AbstractContextManager[Any]:
+        """Return a context for a whole validation, `on_validation_start` and `on_validation_end` included."""
+        return ExitStack()
+
+    def on_validation_batch(self, state: TrainState, batch: tuple[Any, Any]) -> None:
+        """Watch this rank's `(inputs, targets)`, whose loss is computed; ranks may have different numbers of them."""
+
+    def validation_metrics(self, state: TrainState) -> dict[str, float]:
+        """Return what was measured in this validation, equal on every rank, for `state.val_metrics`."""
+        return {}
+
     def on_validation_end(self, state: TrainState) -> None:
-        """Watch: `state.val_loss` is new."""
+        """Watch: `state.val_loss` and `state.val_metrics` are new."""
 
     def on_train_end(self, state: TrainState) -> None:
         """Watch or change the final weights: no step will follow."""
@@ -198,11 +218,24 @@ class PluginList:
             stack.enter_context(hook())
         return stack
 
+    def validation_context(self, state: TrainState) -> AbstractContextManager[Any]:
+        """Return the contexts of all plugins as one."""
+        stack = ExitStack()
+        for hook in self.hooks("validation_context"):
+            stack.enter_context(hook(state))
+        return stack
+
     def accelerator_options(self) -> dict[str, Any]:
-        """Return the arguments that the plugins have for the Accelerator."""
+        """Return the arguments that the plugins have for the Accelerator.
+
+        Raises:
+            ConfigError: If two plugins want different values of one argument.
+        """
         options: dict[str, Any] = {}
         for plugin in self.plugins:
-            options.update(plugin.accelerator_options())
+            for name, value in plugin.accelerator_options().items():
+                if options.setdefault(name, value) != value:
+                    raise ConfigError(f"Two plugins contradict each other: {name}={options[name]!r} and {value!r}.")
         return options
 
     @contextmanager
