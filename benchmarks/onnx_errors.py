@@ -25,7 +25,7 @@ def main(names: list[str]) -> None:
     print("| family | maximum error | fp16 | int8 | image sizes | exporter |\n|---|---|---|---|---|---|")
     for name in names:
         size = FAMILIES[name].size if name in FAMILIES else 32
-        model = enliven(make(name))
+        model = enliven(make(name), size)
         exact = export_onnx_model(model, input_size=size)
         errors = [f"{exact.max_error:.1e}", *(smaller(model, size, p) for p in ("fp16", "int8"))]
         sizes = "any" if exact.dynamic_size else "one"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from iris_hf.errors import ConfigError
 from iris_hf.export.exporters import quiet
@@ -36,7 +37,18 @@ def _convert_to_fp16(file: Path) -> None:
 
     model = onnx.load(str(file))
     half = convert_float_to_float16(model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_NOT_IN_HALF])
+    _drop_twins(half.graph)
     onnx.save(half, str(file))
+
+
+def _drop_twins(graph: Any) -> None:
+    """Drop the conversion of a tensor that was written down twice, once for each operator that takes it."""
+    seen: set[tuple[str, ...]] = set()
+    for node in list(graph.node):
+        outputs = tuple(node.output)
+        if node.op_type == "Cast" and outputs in seen:
+            graph.node.remove(node)
+        seen.add(outputs)
 
 
 def _quantize(file: Path) -> None:

@@ -125,15 +125,22 @@ def zero_shot() -> ImageClassifier:
     return append_classifier(encoder, layer, task_type="multiclass_classification")
 
 
-def enliven(model: nn.Module) -> nn.Module:
-    """Draw all weights anew, the same at every call, so that features vary and few scores are nearly equal.
+def enliven(model: Any, size: int = 32) -> Any:
+    """Draw all weights anew and let batch norms measure images, the same at every call.
 
-    Some networks begin with weights so small that their outputs hardly depend on the images.
+    Outputs then vary with the images, and few scores are nearly equal: some networks begin with weights so small that
+    their outputs are constant.
     """
     generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    with torch.no_grad(), torch.random.fork_rng():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and not name.endswith("logit_scale"):
                 fan_in = parameter[0].numel()
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
-    return model
+        if norms and model.target_type is not None and model.target_type != "image_text":
+            torch.manual_seed(0)
+            for norm in norms:
+                norm.momentum = None  # the average over all batches, here one
+            model.train()(torch.rand(4, 3, size, size, generator=generator))
+    return model.eval()

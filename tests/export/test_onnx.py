@@ -49,8 +49,8 @@ def run(data: bytes, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_exports_and_predicts_the_same(name, tmp_path):
-    model = enliven(make(name))
     size, target_type = FAMILIES[name].size, FAMILIES[name].target_type
+    model = enliven(make(name), size)
     export = export_onnx_model(model, input_size=size, folder=tmp_path)
     assert export.max_error <= 1e-5
     assert "logits" in export.output_names
