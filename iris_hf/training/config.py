@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from iris_hf.engine.accelerator import Device
@@ -55,6 +56,11 @@ class TrainConfig:
     plugins: Sequence[str | Plugin]
     random_seed: int | None
     ddp_find_unused_parameters: bool
+    checkpoint_dir: str | Path | None
+    checkpoint_steps: int | None
+    checkpoint_epochs: int | None
+    keep_checkpoints: int
+    resume: str | Path | None
 
     def __post_init__(self) -> None:
         for name in (
@@ -63,6 +69,9 @@ class TrainConfig:
             "accumulate_grad_batches",
             "val_batch_size",
             "val_check_interval_epoch",
+            "checkpoint_steps",
+            "checkpoint_epochs",
+            "keep_checkpoints",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -80,6 +89,12 @@ class TrainConfig:
                 f"val_check_interval={self.val_check_interval} and val_check_interval_epoch="
                 f"{self.val_check_interval_epoch} say different things: give one of them."
             )
+        if self.checkpoint_dir is None:
+            for name in ("checkpoint_steps", "checkpoint_epochs"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name}={getattr(self, name)} needs a checkpoint_dir to write to.")
+            if self.resume == "auto":
+                raise ConfigError("resume='auto' looks into checkpoint_dir: give one, or the folder of a checkpoint.")
         OPTIMIZERS.check(self.optimizer, momentum=self.momentum, nesterov=self.nesterov)
         scheduler = LrSchedulerConfig.of(self.lr_scheduler)
         if scheduler.name == "cosine_annealing" and scheduler.min_lr > self.base_lr:
@@ -94,6 +109,13 @@ class TrainConfig:
     def accumulation(self) -> int:
         """Micro-batches of one rank in a full optimizer step."""
         return self.accumulate_grad_batches or 1
+
+    def keeps_after_epoch(self, num_done: int, stopped: bool) -> bool:
+        """Whether to write a checkpoint after an epoch, given how many are done: at intervals, and after the last."""
+        if stopped or num_done == self.num_epochs:
+            return True
+        interval = self.checkpoint_epochs or (None if self.checkpoint_steps else 1)
+        return interval is not None and num_done % interval == 0
 
     def validates_after(self, epoch: int) -> bool:
         """Whether the validation set is gone through after epoch `epoch` (from 0): at intervals, and after the last."""

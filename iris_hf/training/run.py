@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from iris_hf.engine.loader import EpochBatches, Failure, OrderedBatches
-from iris_hf.engine.plugins import PluginList, TrainState
+from iris_hf.engine.plugins import Plugin, PluginList, TrainState
 from iris_hf.engine.rng import STEP, VALIDATION, mix, seed_generators
-from iris_hf.errors import noted
+from iris_hf.errors import ConfigError, noted
+from iris_hf.training.checkpoint import Checkpoint, CheckpointWriter, Preempted, Progress, RunFacts, TerminationFlag
 from iris_hf.training.config import TrainConfig
 from iris_hf.training.optimizers import build_optimizer, parameter_groups
 from iris_hf.training.passes import Pass, Stepper, mean_of
 from iris_hf.training.schedulers import LearningRateSchedule, LrSchedulerConfig
+from iris_hf.training.storage import copy_into
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,6 +40,7 @@ class TrainingRun:
         state: What plugins see.
         val_loader: Yields this rank's validation batches; None without validation.
         val_batches: Their keys.
+        writer: Writes checkpoints; None for a run that keeps none.
     """
 
     def __init__(
@@ -59,6 +63,9 @@ class TrainingRun:
         self.seed = seed
         self.val_loader: Any = None
         self.val_batches: OrderedBatches | None = None
+        self.writer: CheckpointWriter | None = None
+        self.termination = TerminationFlag(accelerator)
+        self._plugin_states: dict[str, Any] = {}
 
         module.to(accelerator.device)
         groups = parameter_groups(
@@ -97,29 +104,48 @@ class TrainingRun:
         )
 
     def run(self) -> None:
-        """Train until the last epoch, or until a plugin asks for a stop."""
+        """Train until the last epoch, or until a plugin asks for a stop.
+
+        Raises:
+            Preempted: If SIGTERM arrived at a run that keeps checkpoints; the last one is of this very step.
+        """
         state = self.state
         self.schedule.apply(self.optimizer, self.base_lrs, state.step)
         state.validates = self.val_loader is not None
         self.plugins.notify("on_train_start", state)
-        while state.epoch < state.num_epochs:
-            self.train_epoch()
-            if self.val_loader is not None and (state.stop_reason or self.config.validates_after(state.epoch)):
-                with self.plugins.validation_context(state):
-                    self.validate()
-            if state.stop_reason:
-                logger.info("Stopped after step %d: %s", state.step, state.stop_reason)
-                break
-            state.epoch += 1
+        with self.termination.listening() if self.writer is not None else nullcontext():
+            while not self.is_over():
+                self.train_epoch()
+                is_validated = False
+                if self.val_loader is not None and (state.stop_reason or self.config.validates_after(state.epoch)):
+                    with self.plugins.validation_context(state):
+                        self.validate()
+                    is_validated = True
+                if state.stop_reason:
+                    logger.info("Stopped after step %d: %s", state.step, state.stop_reason)
+                else:
+                    state.epoch += 1
+                if self.writer is not None and self.config.keeps_after_epoch(state.epoch, bool(state.stop_reason)):
+                    self.checkpoint(is_validated=is_validated)
+                self.leave_if_terminated()
+        self.restore_plugins()
         self.plugins.notify("on_train_end", state)
 
+    def is_over(self) -> bool:
+        """Whether no step is left: all epochs are done, or a plugin has asked for a stop."""
+        return self.state.stop_reason is not None or self.state.epoch == self.state.num_epochs
+
     def train_epoch(self) -> None:
-        """Take the steps of one epoch."""
+        """Take the steps of one epoch, or what is left of them."""
         state = self.state
         self.module.train()
-        self.batches.epoch = state.epoch
+        done = (state.step - state.epoch * state.steps_per_epoch) * self.config.accumulation
+        self.batches.epoch, self.batches.start = state.epoch, done
+        if not done:
+            self.restore_plugins()
         self.plugins.notify("on_epoch_start", state)
-        remaining = len(self.batches)
+        self.restore_plugins()
+        remaining = len(self.batches) - done
         batches = iter(self.loader)
         while remaining and not state.stop_reason:
             count = min(remaining, self.config.accumulation)
@@ -128,7 +154,103 @@ class TrainingRun:
             state.step += 1
             self.schedule.apply(self.optimizer, self.base_lrs, state.step)
             self.plugins.notify("on_step_end", state)
+            if remaining and not state.stop_reason and self.writer is not None:
+                if self.config.checkpoint_steps and state.step % self.config.checkpoint_steps == 0:
+                    self.checkpoint(is_validated=False)
+                self.leave_if_terminated()
         self.plugins.notify("on_epoch_end", state)
+
+    def facts(self, num_examples: int) -> RunFacts:
+        """Return what makes this run the same as another."""
+        return RunFacts(
+            random_seed=self.seed,
+            num_examples=num_examples,
+            examples_per_step=self.state.examples_per_step,
+            num_epochs=self.state.num_epochs,
+            steps_per_epoch=self.state.steps_per_epoch,
+            optimizer=self.config.optimizer,
+        )
+
+    def checkpoint(self, *, is_validated: bool) -> None:
+        """Write a checkpoint of this moment between two steps."""
+        state, writer = self.state, self.writer
+        assert writer is not None
+        if hasattr(self.optimizer, "consolidate_state_dict"):  # sharded: the main process gets all of it
+            self.optimizer.consolidate_state_dict()
+        scaler = self.accelerator.scaler
+        is_main = self.accelerator.is_main_process
+        writer.write(
+            Progress(state.epoch, state.step, state.val_loss, is_validated, state.stop_reason),
+            parameters=dict(self.module.named_parameters()),
+            optimizer={
+                "optimizer": self.optimizer.state_dict() if is_main else {},
+                "scaler": scaler.state_dict() if scaler is not None else {},
+            },
+            of_rank={
+                "buffers": dict(self.module.named_buffers()),
+                "plugins": {name: saved for name, plugin in self.named_plugins() if (saved := plugin.state_dict())},
+                "val_metrics": dict(state.val_metrics),
+            },
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ConfigError: If it holds the state of a plugin that this run doesn't have.
+            DataError: If it is of another model.
+        """
+        copy_into(dict(self.module.named_parameters()), checkpoint.parameters, "parameters")
+        stored = checkpoint.optimizer
+        self.optimizer.load_state_dict(stored["optimizer"])
+        if self.accelerator.scaler is not None and stored["scaler"]:
+            self.accelerator.scaler.load_state_dict(stored["scaler"])
+        own = checkpoint.of_rank(self.accelerator.process_index)
+        buffers = own["buffers"]
+        if checkpoint.world_size != self.accelerator.num_processes:
+            of_all = [checkpoint.of_rank(rank)["buffers"] for rank in range(checkpoint.world_size)]
+            buffers = {
+                name: torch.stack([of_rank[name] for of_rank in of_all]).mean(0) if value.is_floating_point() else value
+                for name, value in of_all[0].items()
+            }
+        copy_into(dict(self.module.named_buffers()), buffers, "buffers")
+        unknown = own["plugins"].keys() - dict(self.named_plugins()).keys()
+        if unknown:
+            raise ConfigError(
+                f"The checkpoint {str(checkpoint.folder)!r} holds the state of {', '.join(sorted(unknown))}: name the "
+                "same plugins again."
+            )
+        self._plugin_states = own["plugins"]
+        progress = checkpoint.progress
+        self.state.epoch, self.state.step = progress.epoch, progress.step
+        self.state.val_loss, self.state.val_metrics = progress.val_loss, own["val_metrics"]
+        self.state.stop_reason = progress.stop_reason
+        logger.info("Going on from %s: epoch %d, step %d.", checkpoint.folder, progress.epoch, progress.step)
+
+    def restore_plugins(self) -> None:
+        """Give plugins back what they had, once: after they were told of the start, and of the epoch within one."""
+        states, self._plugin_states = self._plugin_states, {}
+        for name, plugin in self.named_plugins():
+            if name in states:
+                plugin.load_state_dict(states[name])
+
+    def named_plugins(self) -> list[tuple[str, Plugin]]:
+        """Return the plugins by their classes' names, numbered where there are several of one."""
+        counts: Counter[str] = Counter()
+        named = []
+        for plugin in self.plugins.plugins:
+            kind = type(plugin).__name__
+            counts[kind] += 1
+            named.append((f"{kind} {counts[kind]}", plugin))
+        return named
+
+    def leave_if_terminated(self) -> None:
+        """Write a checkpoint and leave, if SIGTERM arrived at any process."""
+        if self.writer is not None and self.termination.is_set_anywhere():
+            if self.writer.last_step != self.state.step:
+                self.checkpoint(is_validated=False)
+            logger.warning("SIGTERM: the checkpoint of step %d is written. Resume to go on.", self.state.step)
+            raise Preempted
 
     def step(self, batches: Iterator[Any], count: int) -> None:
         """Take one optimizer step; set `state.metrics` to the mean loss on this rank and what else the model measures.

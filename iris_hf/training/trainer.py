@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from iris_hf.engine.plugins import Plugin, PluginList, load_plugins
 from iris_hf.engine.rng import STEP, mix, preserve_generators, seed_generators
 from iris_hf.errors import ConfigError
 from iris_hf.models.steps import as_cacheable, as_trainable
+from iris_hf.training.checkpoint import CheckpointWriter, find_checkpoint
 from iris_hf.training.config import OptimizerName, TrainConfig
 from iris_hf.training.extends import extends
 from iris_hf.training.gradient_cache import CacheConfig, CachedPass
@@ -84,6 +86,11 @@ def train(
     plugins: Sequence[str | Plugin] = (),
     random_seed: int | None = None,
     ddp_find_unused_parameters: bool = False,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_steps: int | None = None,
+    checkpoint_epochs: int | None = None,
+    keep_checkpoints: int = 2,
+    resume: str | Path | None = None,
 ) -> TrainResult:
     """Train a copy of a model on Accelerate.
 
@@ -131,13 +138,24 @@ def train(
             ran in local workers has the attributes of the first worker's afterwards.
         random_seed: Any integer, 0 included. None draws one from torch's global generator.
         ddp_find_unused_parameters: For models whose forward leaves parameters out, on several processes.
+        checkpoint_dir: Where to keep checkpoints, a folder each: complete, or not there. With one, SIGTERM makes the
+            run write a checkpoint and end the process with exit code 75.
+        checkpoint_steps: Write a checkpoint after every this many optimizer steps.
+        checkpoint_epochs: The same for epochs. With neither, after every epoch. The end of the run always has one.
+        keep_checkpoints: How many of the newest to keep; the one of least validation loss is kept besides.
+        resume: `"auto"`: go on from the newest good checkpoint in `checkpoint_dir`, or start afresh without one. The
+            folder of a checkpoint: go on from that. The run then ends with the same bytes as one that never
+            stopped, on as many processes; on another number, with as many examples per step, it takes the same
+            steps up to rounding.
 
     Returns:
         The trained model and the elapsed time in seconds.
 
     Raises:
         ConfigError: If the configuration is contradictory, or the model cannot be trained.
-        DataError: If a dataset is empty, or an example is invalid; the message names the example.
+        DataError: If a dataset is empty, or an example is invalid; the message names the example. If a checkpoint is
+            damaged.
+        Preempted: A SystemExit with code 75, after SIGTERM.
     """
     return _train(dict(locals()), None)
 
@@ -195,7 +213,7 @@ def _train(arguments: Mapping[str, Any], cache: CacheConfig | None) -> TrainResu
     inputs = {name: arguments[name] for name in _INPUTS}
     model: nn.Module = arguments["model"]
     if needs_local_workers(config.num_processes):
-        if config.random_seed is None:
+        if config.random_seed is None and config.resume is None:
             config = replace(config, random_seed=draw_seed())
         tensors, attributes = run_in_workers(
             _fit_for_caller, inputs, config, cache, num_processes=config.num_processes, device=config.device
@@ -254,7 +272,9 @@ def fit(
 
     with open_accelerator(config.device, **_accelerator_options(config, plugins)) as accelerator:
         _check_strategy(accelerator)
-        seed = agree_on_seed(config.random_seed)
+        checkpoint = find_checkpoint(config.resume, config.checkpoint_dir)
+        drawn = None if checkpoint is None else checkpoint.facts.random_seed
+        seed = agree_on_seed(config.random_seed if config.random_seed is not None else drawn)
         with preserve_generators(accelerator.device), plugins.running():
             seed_generators(mix(seed, STEP), accelerator.device)
             batches = EpochBatches(
@@ -300,6 +320,19 @@ def fit(
                     world_size=accelerator.num_processes,
                 )
                 run.val_loader = loader(val_dataset, val_transform, run.val_batches)
+            facts = run.facts(num_examples)
+            if checkpoint is not None:
+                checkpoint.require(facts)
+                run.restore(checkpoint)
+            if config.checkpoint_dir is not None:
+                run.writer = CheckpointWriter(
+                    config.checkpoint_dir,
+                    keep=config.keep_checkpoints,
+                    facts=facts,
+                    accelerator=accelerator,
+                    resumed=config.resume is not None,
+                    step=run.state.step,
+                )
             with closing_workers(train_loader), closing_workers(run.val_loader):
                 run.run()
             return run.trained_model()

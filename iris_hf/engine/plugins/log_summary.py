@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -37,10 +38,7 @@ class LogSummary(Plugin):
     def on_step_end(self, state: TrainState) -> None:
         """Add what the step measured, without reading it."""
         for name, value in state.metrics.items():
-            if name in self._sums:
-                self._sums[name] += value
-            else:
-                self._sums[name] = value.clone()
+            self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value
 
     def on_epoch_end(self, state: TrainState) -> None:
         """Log the epoch."""
@@ -64,6 +62,14 @@ class LogSummary(Plugin):
     def on_validation_end(self, state: TrainState) -> None:
         """Log the validation loss."""
         self._log(state, f"epoch {state.epoch + 1}/{state.num_epochs}: val_loss {state.val_loss:.4f}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums of the epoch at hand."""
+        return {"sums": dict(self._sums), "first_step": self._first_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with an epoch's sums."""
+        self._sums, self._first_step = dict(state["sums"]), state["first_step"]
 
     @staticmethod
     def _log(state: TrainState, line: str) -> None:

@@ -38,7 +38,10 @@ class ProgressBar(Plugin):
 
     def on_epoch_start(self, state: TrainState) -> None:
         """Open the epoch's bar of steps."""
-        self._steps = self._bar(state, total=state.steps_per_epoch, desc=f"epoch {state.epoch + 1}", leave=False)
+        done = state.step - state.epoch * state.steps_per_epoch
+        self._steps = self._bar(
+            state, total=state.steps_per_epoch, initial=done, desc=f"epoch {state.epoch + 1}", leave=False
+        )
 
     def on_step_end(self, state: TrainState) -> None:
         """Advance, and show loss and learning rate now and then."""

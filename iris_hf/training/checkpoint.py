@@ -1,0 +1,355 @@
+"""Checkpoints: folders that are complete or not there, from which a run goes on to the same bytes.
+
+A checkpoint is taken between two optimizer steps. Since every random number of a run is a function of the seed and of
+what it is for (:mod:`iris_hf.engine.rng`) and learning rates are a function of the step, it holds no generator, loader
+or scheduler: weights, optimizer, scaler, plugins, buffers and the step number are all there is.
+
+`step-00000042/` holds `model.safetensors` and `optimizer.safetensors` from the main process, `rank-0000.safetensors`
+(buffers, plugins) from every process, and `checkpoint.json` with the size and the checksum of each. It is written
+under another name and renamed when all is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from iris_hf.errors import ConfigError, DataError
+from iris_hf.training.storage import read_state, write_state
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+PREEMPTED = 75
+"""Exit code of a run that SIGTERM ended after its checkpoint was written: EX_TEMPFAIL, run it again."""
+
+_FORMAT, _INFO, _NAME = 1, "checkpoint.json", "step-{step:08d}"
+_PARTIAL, _ASIDE = ".partial-", "aside-"
+
+
+class Preempted(SystemExit):
+    """Ends a process that was asked to by SIGTERM, after its checkpoint was written; the exit code is 75."""
+
+    def __init__(self) -> None:
+        super().__init__(PREEMPTED)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What makes two runs the same run, step by step.
+
+    Attributes:
+        random_seed: The seed.
+        num_examples: Examples in the train set.
+        examples_per_step: Examples of all processes in a full step.
+        num_epochs: Epochs asked for, which the learning-rate curve depends on.
+        steps_per_epoch: Optimizer steps in an epoch.
+        optimizer: Its name.
+    """
+
+    random_seed: int
+    num_examples: int
+    examples_per_step: int
+    num_epochs: int
+    steps_per_epoch: int
+    optimizer: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        epoch: The epoch of the next step, from 0.
+        step: Optimizer steps done.
+        val_loss: The last validation's loss.
+        is_validated: Whether that validation was of these very weights.
+        stop_reason: Why the run has ended early, if it has.
+    """
+
+    epoch: int
+    step: int
+    val_loss: float | None
+    is_validated: bool
+    stop_reason: str | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk.
+
+    Attributes:
+        folder: Where it lies.
+        facts: Of the run that wrote it.
+        progress: How far that had come.
+        world_size: Processes that wrote it.
+    """
+
+    folder: Path
+    facts: RunFacts
+    progress: Progress
+    world_size: int
+
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The model's parameters."""
+        parameters: dict[str, torch.Tensor] = read_state(self.folder / "model.safetensors")
+        return parameters
+
+    @property
+    def optimizer(self) -> dict[str, Any]:
+        """States of the optimizer and of the gradient scaler."""
+        optimizer: dict[str, Any] = read_state(self.folder / "optimizer.safetensors")
+        return optimizer
+
+    def of_rank(self, rank: int) -> dict[str, Any]:
+        """Return `buffers` and `plugins` of a process; of the first where there were fewer."""
+        state: dict[str, Any] = read_state(self.folder / _rank_file(rank if rank < self.world_size else 0))
+        return state
+
+    def require(self, facts: RunFacts) -> None:
+        """Make sure that a run may go on from here.
+
+        Raises:
+            ConfigError: If it would be another run; the message names what differs.
+        """
+        before, now = asdict(self.facts), asdict(facts)
+        different = [f"{name} was {before[name]!r}, now {now[name]!r}" for name in before if before[name] != now[name]]
+        if different:
+            raise ConfigError(
+                f"The checkpoint {str(self.folder)!r} belongs to another run: {'; '.join(different)}. On another "
+                "number of processes, change batch_size so that a step has as many examples as before. To start "
+                "afresh, leave out resume or choose another checkpoint_dir."
+            )
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a checkpoint and make sure that every byte of it is as it was written.
+
+    Raises:
+        DataError: If it is none, or damaged.
+    """
+    try:
+        info = json.loads((folder / _INFO).read_text(encoding="utf-8"))
+        if info["format"] != _FORMAT:
+            raise DataError(f"{str(folder)!r} has the format {info['format']!r}; this iris_hf reads {_FORMAT}.")
+        files: Mapping[str, Mapping[str, int]] = info["files"]
+        for name, wanted in files.items():
+            if _checksum(folder / name) != wanted:
+                raise DataError(f"{str(folder / name)!r} is not what was written there: its size or checksum differs.")
+        return Checkpoint(folder, RunFacts(**info["facts"]), Progress(**info["progress"]), len(files) - 2)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{str(folder)!r} is no complete checkpoint: {error}") from error
+
+
+def find_checkpoint(resume: str | Path | None, checkpoint_dir: str | Path | None) -> Checkpoint | None:
+    """Find the checkpoint to go on from; None for a fresh start.
+
+    Args:
+        resume: `"auto"`: the newest good one in `checkpoint_dir`. Otherwise a checkpoint's folder, or None.
+        checkpoint_dir: Where a run keeps its checkpoints.
+
+    Raises:
+        DataError: If a folder was named and holds no good checkpoint.
+    """
+    if resume is None:
+        return None
+    if resume != "auto":
+        return open_checkpoint(Path(resume))
+    assert checkpoint_dir is not None
+    for folder in reversed(_list(Path(checkpoint_dir))):
+        try:
+            return open_checkpoint(folder)
+        except DataError as error:
+            logger.warning("Passing over a damaged checkpoint: %s", error)
+    return None
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, and keeps the newest and the best.
+
+    Attributes:
+        directory: Where they lie, one folder each.
+        keep: How many of the newest to keep; the one of least validation loss is kept besides.
+
+    Raises:
+        ConfigError: If the directory holds checkpoints and nobody asked to go on from them.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int,
+        facts: RunFacts,
+        accelerator: Accelerator,
+        resumed: bool,
+        step: int,
+    ) -> None:
+        self.directory = Path(directory)
+        later = [folder for folder in _list(self.directory) if folder.name > _NAME.format(step=step)]
+        if not resumed and _list(self.directory):
+            raise ConfigError(
+                f"checkpoint_dir={str(directory)!r} holds the checkpoints of another run. resume='auto' goes on from "
+                "them; to start afresh, choose another folder or empty this one."
+            )
+        accelerator.wait_for_everyone()  # all have looked
+        self.keep = keep
+        self.facts = facts
+        self.accelerator = accelerator
+        self.last_step: int | None = None
+        if accelerator.is_main_process:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for leftover in self.directory.glob(f"{_PARTIAL}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            for folder in later:  # damaged, or of a future that this run does not have
+                aside = folder.with_name(f"{_ASIDE}{folder.name}")
+                logger.warning("Going on from step %d: %s is put aside as %s.", step, folder, aside.name)
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+        accelerator.wait_for_everyone()
+
+    def write(
+        self,
+        progress: Progress,
+        *,
+        parameters: dict[str, Any],
+        optimizer: dict[str, Any],
+        of_rank: dict[str, Any],
+    ) -> None:
+        """Write a checkpoint; every process calls this at the same step.
+
+        Args:
+            progress: How far the run has come.
+            parameters: As in :class:`Checkpoint`; used on the main process.
+            optimizer: Likewise.
+            of_rank: This process's.
+        """
+        name = _NAME.format(step=progress.step)
+        partial = self.directory / f"{_PARTIAL}{name}"
+        is_main = self.accelerator.is_main_process
+        if is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        self.accelerator.wait_for_everyone()
+        own = {_rank_file(self.accelerator.process_index): of_rank}
+        if is_main:
+            own.update({"model.safetensors": parameters, "optimizer.safetensors": optimizer})
+        checksums = {}
+        for file, state in own.items():
+            write_state(state, partial / file)
+            _flush(partial / file)
+            checksums[file] = _checksum(partial / file)
+        from accelerate.utils import gather_object
+
+        everyone = gather_object([checksums])
+        if is_main:
+            info = {
+                "format": _FORMAT,
+                "facts": asdict(self.facts),
+                "progress": asdict(progress),
+                "files": {name: value for files in everyone for name, value in files.items()},
+            }
+            (partial / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+            _flush(partial / _INFO)
+            _flush(partial)
+            final = self.directory / name
+            shutil.rmtree(final, ignore_errors=True)  # of a run that started afresh here
+            partial.rename(final)
+            _flush(self.directory)
+            self._remove_old()
+        self.accelerator.wait_for_everyone()
+        self.last_step = progress.step
+
+    def _remove_old(self) -> None:
+        folders = _list(self.directory)
+        kept = set(folders[-self.keep :])
+        losses = {}
+        for folder in folders:
+            try:
+                progress = json.loads((folder / _INFO).read_text(encoding="utf-8"))["progress"]
+            except (OSError, ValueError, KeyError):
+                continue  # a damaged one is passed over on resuming, too
+            if progress["is_validated"]:
+                losses[folder] = progress["val_loss"]
+        if losses:
+            kept.add(min(losses, key=losses.__getitem__))
+        for folder in folders:
+            if folder not in kept:
+                doomed = folder.with_name(f"{_PARTIAL}{folder.name}")
+                folder.rename(doomed)  # never half a checkpoint under its name
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+class TerminationFlag:
+    """Whether SIGTERM has arrived at any process of the run."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._is_set = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note SIGTERM instead of dying of it. Only a main thread can; in another the signal acts as before."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(*_: Any) -> None:
+            self._is_set = True
+
+        before = signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def is_set_anywhere(self) -> bool:
+        """Ask all processes; every one has to at the same step."""
+        if self.accelerator.num_processes == 1:
+            return self._is_set
+        flag = torch.tensor(int(self._is_set), device=self.accelerator.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+def _list(directory: Path) -> list[Path]:
+    """The folders of checkpoints, oldest first."""
+    return sorted(folder for folder in directory.glob("step-*") if folder.is_dir())
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:04d}.safetensors"
+
+
+def _checksum(file: Path) -> dict[str, int]:
+    crc = 0
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return {"bytes": file.stat().st_size, "crc32": crc}
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file's bytes, or a folder's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

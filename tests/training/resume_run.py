@@ -1,0 +1,68 @@
+"""Run by tests: a training that may be killed, and saves how it ended. Under torchrun or alone.
+
+The JSON on the command line holds arguments of the task and, beside them: `cache`, whether to use a gradient cache;
+`die_at`, a step at which this process kills itself; `terminate_at`, one at which it sends itself SIGTERM.
+"""
+
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+from pairs import Pairs, TwoTowers
+from tiny import Recorder, noisy
+
+import iris_hf
+
+
+class Killer(iris_hf.Plugin):
+    """Ends the process in the middle of a run."""
+
+    def __init__(self, die_at: int | None, terminate_at: int | None) -> None:
+        self.die_at, self.terminate_at = die_at, terminate_at
+
+    def on_gradients_ready(self, state: iris_hf.TrainState) -> None:
+        if state.step == self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_step_end(self, state: iris_hf.TrainState) -> None:
+        if state.step == self.terminate_at and state.accelerator.process_index == state.accelerator.num_processes - 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # one process gets it, all have to leave
+
+
+class NormTowers(TwoTowers):
+    """With BatchNorm, whose statistics differ from rank to rank between validations."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__(norm=True, dropout=dropout, dtype=torch.float32)
+
+
+def augmented(inputs: Any) -> Any:
+    image, text = inputs
+    return noisy(image), text
+
+
+def main(out: str, arguments: dict[str, Any]) -> None:
+    killer = Killer(arguments.pop("die_at", None), arguments.pop("terminate_at", None))
+    recorder = Recorder()
+    task = iris_hf.train_with_gradient_cache if arguments.pop("cache", False) else iris_hf.train
+    settings = {
+        "num_epochs": 3,
+        "batch_size": 8,
+        "base_lr": 0.01,
+        "optimizer": "adamw",
+        "num_dataloader_workers": 0,
+        "plugins": [recorder, killer, *arguments.pop("plugins", ())],
+        **arguments,
+    }
+    model = NormTowers(settings.pop("dropout", 0.3))
+    transform = None if settings.pop("plain", False) else augmented
+    result = task(model, Pairs(61, torch.float32), transform, Pairs(13, torch.float32), **settings)
+    if int(os.environ.get("RANK", "0")) == 0:
+        torch.save({"weights": result.model.state_dict(), **vars(recorder)}, out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,0 +1,165 @@
+"""Killed and resumed is the same as never stopped, to the byte; damaged checkpoints are passed over."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import run_python, torchrun
+from tiny import train_tiny
+
+import iris_hf
+from iris_hf.training.checkpoint import PREEMPTED, open_checkpoint
+from iris_hf.training.storage import read_state, write_state
+
+SCRIPT = str(Path(__file__).with_name("resume_run.py"))
+
+
+def run(out: Path, arguments: dict[str, Any], num_processes: int = 1) -> int:
+    command = (SCRIPT, str(out), json.dumps(arguments))
+    done = run_python(*command) if num_processes == 1 else torchrun(num_processes, *command)
+    if done.returncode == 0:
+        assert out.exists(), done.stderr
+    return done.returncode
+
+
+def assert_equal(got: dict[str, Any], wanted: dict[str, Any], **tolerance: float) -> None:
+    for name, weight in wanted["weights"].items():
+        torch.testing.assert_close(got["weights"][name], weight, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "alone": (1, {"random_seed": 0, "checkpoint_steps": 2, "num_dataloader_workers": 2, "accumulate_grad_batches": 2}),
+    "alone, seed drawn, with a cache": (1, {"checkpoint_steps": 3, "cache": True, "sub_batch_size": 3}),
+    "two processes": (2, {"random_seed": 0, "checkpoint_steps": 3, "batch_size": 4}),
+    "two processes, sharded": (
+        2,
+        {"random_seed": 0, "checkpoint_steps": 3, "batch_size": 4, "optimizer": "zero_adam", "cache": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_and_resumed_ends_with_the_bytes_of_one_never_stopped(name: str, tmp_path: Path) -> None:
+    num_processes, arguments = RUNS[name]
+    killed = {**arguments, "checkpoint_dir": str(tmp_path / "killed"), "resume": "auto"}
+    assert run(tmp_path / "out", {**killed, "die_at": 5}, num_processes) != 0
+    assert not (tmp_path / "out").exists()
+    newest = open_checkpoint(sorted((tmp_path / "killed").glob("step-*"))[-1])
+    assert newest.progress.step in (3, 4)  # in the middle of an epoch
+    assert run(tmp_path / "resumed", killed, num_processes) == 0
+    whole = {**arguments, "random_seed": newest.facts.random_seed, "checkpoint_dir": str(tmp_path / "whole")}
+    assert run(tmp_path / "never", whole, num_processes) == 0
+    resumed, never = torch.load(tmp_path / "resumed"), torch.load(tmp_path / "never")
+    assert_equal(resumed, never)
+    first = newest.progress.step
+    assert resumed["losses"] == never["losses"][first:]
+    assert resumed["steps"] == never["steps"][first:]
+    assert resumed["val_losses"] == {e: v for e, v in never["val_losses"].items() if e in resumed["val_losses"]}
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_on_another_number_of_processes(first: int, then: int, tmp_path: Path) -> None:
+    arguments = {"random_seed": 0, "checkpoint_steps": 3, "dropout": 0.0}
+    folder = str(tmp_path / "checkpoints")
+
+    def on(num_processes: int) -> dict[str, Any]:
+        return {**arguments, "batch_size": 8 // num_processes, "checkpoint_dir": folder, "resume": "auto"}
+
+    assert run(tmp_path / "out", {**on(first), "die_at": 5}, first) != 0
+    assert run(tmp_path / "out", on(then), then) == 0
+    assert run(tmp_path / "never", {**arguments, "checkpoint_dir": str(tmp_path / "whole")}) == 0
+    resumed, never = torch.load(tmp_path / "out"), torch.load(tmp_path / "never")
+    assert resumed["steps"] == never["steps"][3:]
+    assert resumed["learning_rates"] == never["learning_rates"][3:]
+    # clip's batch and BatchNorm's part of it depend on the process: close, as the first step's loss is
+    assert resumed["losses"][-1] == pytest.approx(never["losses"][-1], rel=0.2)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_sigterm_writes_a_checkpoint_and_ends_with_its_own_code(num_processes: int, tmp_path: Path) -> None:
+    arguments = {"random_seed": 0, "checkpoint_dir": str(tmp_path / "c"), "batch_size": 4, "resume": "auto"}
+    code = run(tmp_path / "out", {**arguments, "terminate_at": 2}, num_processes)
+    assert code == PREEMPTED if num_processes == 1 else code != 0  # torchrun has a code of its own
+    (folder,) = (tmp_path / "c").glob("step-*")
+    assert open_checkpoint(folder).progress.step == 2
+    if num_processes == 1:
+        assert run(tmp_path / "out", arguments) == 0
+        assert run(tmp_path / "never", {**arguments, "checkpoint_dir": str(tmp_path / "whole")}) == 0
+        assert_equal(torch.load(tmp_path / "out"), torch.load(tmp_path / "never"))
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in sorted(folder.glob("step-*"))]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    from tiny import Tensors
+
+    _, recorder = train_tiny(
+        num_epochs=8, base_lr=3.0, val_dataset=Tensors(16, seed=1), checkpoint_dir=tmp_path, keep_checkpoints=2
+    )
+    best = min(recorder.val_losses, key=recorder.val_losses.__getitem__)
+    assert steps_of(tmp_path) == sorted({(best + 1) * 8, 56, 64})
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_finished_run_resumes_to_what_it_was(tmp_path: Path) -> None:
+    weights, _ = train_tiny(checkpoint_dir=tmp_path)
+    again, recorder = train_tiny(checkpoint_dir=tmp_path, resume="auto")
+    assert recorder.steps == []
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "info"])
+def test_a_damaged_checkpoint_is_passed_over(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights, _ = train_tiny(checkpoint_dir=tmp_path, keep_checkpoints=3)
+    newest = tmp_path / "step-00000024"
+    file = newest / ("checkpoint.json" if damage == "info" else "optimizer.safetensors")
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-5] if damage in ("cut", "info") else content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(iris_hf.DataError, match=r"step-00000024"):
+        train_tiny(resume=newest)
+    again, recorder = train_tiny(checkpoint_dir=tmp_path, resume="auto")
+    assert "Passing over a damaged checkpoint" in caplog.text
+    assert recorder.steps[0] == 17
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert (tmp_path / "aside-step-00000024").is_dir()
+
+
+def test_wrong_configurations_say_what_is_wrong(tmp_path: Path) -> None:
+    train_tiny(checkpoint_dir=tmp_path, num_epochs=1)
+    checkpoint = tmp_path / "step-00000008"
+    for change, message in (
+        ({"checkpoint_dir": tmp_path}, "holds the checkpoints of another run"),
+        ({"resume": checkpoint, "num_epochs": 2}, "num_epochs was 1, now 2"),
+        ({"resume": checkpoint, "num_epochs": 1, "random_seed": 5}, "random_seed was 0, now 5"),
+        ({"resume": checkpoint, "num_epochs": 1, "batch_size": 4}, "examples_per_step was 8, now 4"),
+        ({"resume": checkpoint, "num_epochs": 1, "optimizer": "adam"}, "optimizer was 'sgd', now 'adam'"),
+        ({"resume": "auto"}, "resume='auto' looks into checkpoint_dir"),
+        ({"checkpoint_steps": 5}, "checkpoint_steps=5 needs a checkpoint_dir"),
+        ({"checkpoint_dir": tmp_path / "new", "checkpoint_steps": 0}, "checkpoint_steps must be at least 1, got 0"),
+        ({"checkpoint_dir": tmp_path / "new", "keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
+    ):
+        with pytest.raises(iris_hf.ConfigError, match=message):
+            train_tiny(**change)
+    with pytest.raises(iris_hf.DataError, match="is no complete checkpoint"):
+        train_tiny(resume=tmp_path / "nowhere")
+
+
+def test_states_come_back_as_they_were(tmp_path: Path) -> None:
+    shared = torch.arange(3.0)
+    state = {
+        "a": [1, 2.5, None, True, "x", (1e-300, float("inf"))],
+        7: {"t": torch.tensor(3, dtype=torch.int64), "half": torch.rand(2, 2).half(), "view": shared[1:], "s": shared},
+    }
+    write_state(state, tmp_path / "s")
+    back = read_state(tmp_path / "s")
+    assert back["a"] == state["a"]
+    assert all(torch.equal(back[7][name], value) for name, value in state[7].items())
+    with pytest.raises(iris_hf.ConfigError, match=r"state\['x'\]\[0\] is a set"):
+        write_state({"x": [{1}]}, tmp_path / "t")
