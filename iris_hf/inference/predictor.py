@@ -105,7 +105,6 @@ def _predict_here(
     """Predict in this process, as one rank of its launcher's world."""
     plugin_list = load_plugins(plugins, before=getattr(model, "plugins", ()))
     num_examples = count_examples(dataset, "dataset")
-    predictor = as_predictor(plugin_list.transform("transform_model", model))
     with open_accelerator(device, **plugin_list.accelerator_options()) as accelerator:
         batches = OrderedBatches(
             num_examples,
@@ -124,9 +123,10 @@ def _predict_here(
             preserve_generators(accelerator.device),
             plugin_list.running(),
             closing_workers(loader),
-            _lent(predictor, accelerator.device),
         ):
-            predictions, targets = _run(accelerator, plugin_list, predictor, loader, batches)
+            predictor = as_predictor(plugin_list.transform("transform_model", model))
+            with _lent(predictor, accelerator.device):
+                predictions, targets = _run(accelerator, plugin_list, predictor, loader, batches)
         return PredictResult(_joined(_gathered(predictions)), _joined(_gathered(targets)))
 
 
@@ -135,6 +135,8 @@ def _run(
     accelerator: Accelerator, plugins: PluginList, predictor: Predictor, loader: Any, batches: OrderedBatches
 ) -> tuple[list[Any], list[Any]]:
     """Return this rank's predictions and targets, batch by batch, on the CPU."""
+    from accelerate.utils.operations import convert_to_fp32
+
     model = predictor.model
     state = PredictState(accelerator=accelerator, model=model, num_batches=len(batches))
     predictions, targets = [], []
@@ -146,7 +148,10 @@ def _run(
         seed_generators(mix(0, PREDICTION, keys.start), accelerator.device)
         where = f"On the examples {keys[0]} to {keys[-1]}"
         with noted(lambda where=where: f"{where}."), accelerator.autocast(), plugins.forward_context():  # type: ignore[misc]
-            batch_predictions = to_device(predictor(to_device(inputs, accelerator.device)), torch.device("cpu"))
+            batch_predictions = predictor(to_device(inputs, accelerator.device))
+        if accelerator.mixed_precision != "no":  # half precision is for the way there
+            batch_predictions = convert_to_fp32(batch_predictions)
+        batch_predictions = to_device(batch_predictions, torch.device("cpu"))
         if not _has_one_per_example(batch_predictions, len(keys)):
             raise DataError(
                 f"{where} {type(model).__name__} gave {_count(batch_predictions)}. "

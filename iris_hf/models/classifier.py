@@ -97,7 +97,8 @@ class ImageClassifier(nn.Module):
 
         Args:
             inputs: What the network takes.
-            targets: Class indices `[N]` or `[N, 1]` for multiclass, 0/1 `[N, num_classes]` for multilabel.
+            targets: Class indices `[N]` or `[N, 1]`, or float probabilities `[N, num_classes]`, for multiclass, 0/1
+                `[N, num_classes]` for multilabel.
 
         Raises:
             DataError: If the targets have another shape or type.
@@ -112,6 +113,8 @@ class ImageClassifier(nn.Module):
 
     def _fit(self, targets: Tensor, logits: Tensor) -> Tensor:
         n, num_classes = logits.shape
+        if isinstance(targets, Tensor) and targets.is_floating_point() and targets.shape == logits.shape:
+            return targets.to(logits.dtype)
         # A single label per example, class index or only class, may come with an axis of its own or without.
         is_single = self.target_type == "multiclass" or num_classes == 1
         shapes = [(n,), (n, 1)] if is_single else [(n, num_classes)]

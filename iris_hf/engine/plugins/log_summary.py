@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from iris_hf.engine.plugins.base import Plugin, TrainState
+from iris_hf.engine.plugins.step_means import StepMeans
 
 logger = logging.getLogger(__name__)
 
@@ -23,36 +24,28 @@ class LogSummary(Plugin):
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._first_step = 0
-        self._start = 0.0
+        self._means = StepMeans()
 
     def on_epoch_start(self, state: TrainState) -> None:
-        """Start the epoch's clock and sums."""
-        self._sums = {}
-        self._first_step = state.step
-        self._start = time.perf_counter()
+        """Start the epoch's clock."""
+        self._means.start_clock()
         if state.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(state.accelerator.device)
 
     def on_step_end(self, state: TrainState) -> None:
         """Add what the step measured, without reading it."""
-        for name, value in state.metrics.items():
-            self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value
+        self._means.add(state.metrics)
 
     def on_epoch_end(self, state: TrainState) -> None:
         """Log the epoch."""
-        steps = state.step - self._first_step
-        if not self._sums or not steps:
+        steps = self._means.steps
+        if not steps:
             return
-        sums = torch.stack([value.float() for value in self._sums.values()])
-        means = state.accelerator.reduce(sums / steps, reduction="mean").tolist()
-        seconds = time.perf_counter() - self._start  # after the read above: the device is done
-        measured = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(self._sums, means, strict=True))
+        means, seconds = self._means.read(state.accelerator)
         parts = [
-            f"epoch {state.epoch + 1}/{state.num_epochs}: {measured}",
-            f"{steps} steps in {seconds:.1f} s",
-            f"{steps * state.examples_per_step / seconds:.1f} examples/s",
+            f"epoch {state.epoch + 1}/{state.num_epochs}: {_listed(means)}",
+            f"{steps} steps in {seconds * steps:.1f} s",
+            f"{state.examples_per_step / seconds:.1f} examples/s",
         ]
         if state.accelerator.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(state.accelerator.device)
@@ -60,16 +53,21 @@ class LogSummary(Plugin):
         self._log(state, ", ".join(parts))
 
     def on_validation_end(self, state: TrainState) -> None:
-        """Log the validation loss."""
-        self._log(state, f"epoch {state.epoch + 1}/{state.num_epochs}: val_loss {state.val_loss:.4f}")
+        """Log what the validation measured."""
+        measured = _listed({"val_loss": state.val_loss, **state.val_metrics})
+        self._log(state, f"epoch {state.epoch + 1}/{state.num_epochs}: {measured}")
+
+    def on_exit(self) -> None:
+        """Forget the run."""
+        self._means = StepMeans()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums of the epoch at hand."""
-        return {"sums": dict(self._sums), "first_step": self._first_step}
+        """Return what the epoch has measured so far."""
+        return self._means.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with an epoch's sums."""
-        self._sums, self._first_step = dict(state["sums"]), state["first_step"]
+        """Take it back."""
+        self._means.load_state_dict(state)
 
     @staticmethod
     def _log(state: TrainState, line: str) -> None:
@@ -79,3 +77,7 @@ class LogSummary(Plugin):
             logger.info(line)
         else:
             tqdm.write(line)
+
+
+def _listed(values: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())

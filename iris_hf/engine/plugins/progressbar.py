@@ -61,9 +61,10 @@ class ProgressBar(Plugin):
         self._epochs.update()
 
     def on_validation_end(self, state: TrainState) -> None:
-        """Show the validation loss beside the epochs."""
+        """Show what the validation measured beside the epochs."""
         assert self._epochs is not None
-        self._epochs.set_postfix({"val_loss": f"{state.val_loss:.4f}"})
+        measured = {"val_loss": state.val_loss, **state.val_metrics}
+        self._epochs.set_postfix({name: f"{value:.4f}" for name, value in measured.items()})
 
     def on_prediction_start(self, state: PredictState) -> None:
         """Open the bar of batches."""

@@ -16,9 +16,21 @@ ENTRY_POINT_GROUP = "iris_hf.plugins"
 """Other packages publish plugins as entry points of this group: `my_plugin = my_package.module:MyPlugin`."""
 
 BUILT_IN = {
+    "amp": "iris_hf.engine.plugins.amp:Amp",
     "clip_grad_norm": "iris_hf.engine.plugins.clip_grad_norm:ClipGradNorm",
+    "compile": "iris_hf.engine.plugins.compile:Compile",
+    "early_stopping": "iris_hf.engine.plugins.early_stopping:EarlyStopping",
+    "ema": "iris_hf.engine.plugins.ema:EMA",
+    "freeze_modules": "iris_hf.engine.plugins.freeze_modules:FreezeModules",
     "log_summary": "iris_hf.engine.plugins.log_summary:LogSummary",
+    "log_tensorboard": "iris_hf.engine.plugins.trackers:LogTensorboard",
+    "log_tracker": "iris_hf.engine.plugins.trackers:LogTracker",
+    "mixup": "iris_hf.engine.plugins.mixup:Mixup",
+    "profile": "iris_hf.engine.plugins.profile:Profile",
     "progressbar": "iris_hf.engine.plugins.progressbar:ProgressBar",
+    "save_best": "iris_hf.engine.plugins.save_best:SaveBest",
+    "stop_if_loss_is_nan": "iris_hf.engine.plugins.stop_if_loss_is_nan:StopIfLossIsNan",
+    "val_metrics": "iris_hf.engine.plugins.val_metrics:ValMetrics",
 }
 """Name -> `module:class` of the plugins of this library."""
 

@@ -1,0 +1,109 @@
+"""The exponential moving average of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iris_hf.engine.plugins.base import Plugin, TrainState
+from iris_hf.errors import ConfigError
+
+
+class EMA(Plugin):
+    """Keeps `average = decay * average + (1 - decay) * weights`, once per optimizer step.
+
+    The average begins with the weights after step `num_skip_iterations + 1`. It covers the trained parameters and the
+    floating-point buffers (BatchNorm's statistics); frozen parameters and integer buffers have one value anyway. The
+    model carries the average during validations and when training is over (Polyak and Juditsky, SIAM J. Control
+    Optim. 30, 1992, for the idea of averaging).
+
+    Attributes:
+        decay: Weight kept from the previous average, in [0, 1).
+        num_skip_iterations: Steps at the beginning that are left out.
+        use_cpu_memory: Whether to keep the average in host memory. Every step then copies the weights there.
+    """
+
+    def __init__(self, decay: float = 0.99, num_skip_iterations: int = 100, use_cpu_memory: bool = False) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigError(f"ema: decay must be in [0, 1), got {decay}.")
+        if num_skip_iterations < 0:
+            raise ConfigError(f"ema: num_skip_iterations must not be negative, got {num_skip_iterations}.")
+        self.decay = decay
+        self.num_skip_iterations = num_skip_iterations
+        self.use_cpu_memory = use_cpu_memory
+        self._average: list[Tensor] = []
+        self._parameters: list[nn.Parameter] = []
+        self._buffers: list[tuple[nn.Module, str]] = []
+
+    def on_train_start(self, state: TrainState) -> None:
+        """Find what to average."""
+        self._parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+        self._buffers = [
+            (module, name)
+            for module in state.model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_floating_point()
+        ]
+        self._place()
+
+    @torch.no_grad()
+    def on_step_end(self, state: TrainState) -> None:
+        """Update the average, or begin it."""
+        if state.step <= self.num_skip_iterations:
+            return
+        live = self._live()
+        if not self._average:
+            self._average = [tensor.to("cpu" if self.use_cpu_memory else tensor.device, copy=True) for tensor in live]
+            return
+        if self.use_cpu_memory:
+            live = [tensor.to("cpu") for tensor in live]
+        torch.optim.swa_utils.get_ema_multi_avg_fn(self.decay)(self._average, live, 0)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def validation_context(self, state: TrainState) -> Iterator[None]:
+        """Exchange weights and average for the validation."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def on_train_end(self, state: TrainState) -> None:
+        """Give the average to the model."""
+        for average, tensor in zip(self._average, self._live(), strict=False):  # no average yet: nothing to give
+            tensor.copy_(average)
+
+    def on_exit(self) -> None:
+        """Let go of the tensors."""
+        self._average, self._parameters, self._buffers = [], [], []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the average; that of buffers is each rank's own."""
+        return {"average": list(self._average)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the average back."""
+        self._average = [tensor.clone() for tensor in state["average"]]
+        self._place()
+
+    def _live(self) -> list[Tensor]:
+        """The tensors as the model has them now: a module may have put another in a buffer's place."""
+        return [*self._parameters, *(getattr(module, name) for module, name in self._buffers)]
+
+    def _place(self) -> None:
+        """Put a loaded average where it belongs."""
+        if not self.use_cpu_memory:
+            pairs = zip(self._average, self._live(), strict=False)
+            self._average = [average.to(tensor.device) for average, tensor in pairs] or self._average
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for average, tensor in zip(self._average, self._live(), strict=False):
+            kept = tensor.clone()
+            tensor.copy_(average)
+            average.copy_(kept)

@@ -1,0 +1,89 @@
+"""Keeping the best model of a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from iris_hf.engine.plugins.base import Plugin, TrainState
+from iris_hf.engine.plugins.monitor import Best, require_validation
+from iris_hf.errors import ConfigError
+from iris_hf.models.hub import save_pretrained
+
+logger = logging.getLogger(__name__)
+
+_INFO, _WEIGHTS = "best.json", "model.safetensors"
+
+
+class SaveBest(Plugin):
+    """Saves the model whenever a validation is the best so far.
+
+    The folder holds what :func:`iris_hf.save_pretrained` writes, or `model.safetensors` alone where nothing tells how
+    the model was made, and `best.json` with the metric, its value, epoch (from 1) and step. It is replaced as a
+    whole. With the plugin ema, the saved weights are the averaged ones, which were validated.
+
+    Attributes:
+        folder: Absent, empty, or written by this plugin before.
+        metric: `val_loss`, or what the plugin val_metrics measures.
+        mode: Whether `min` or `max` is better.
+    """
+
+    def __init__(self, folder: str | Path, metric: str = "val_loss", mode: Literal["min", "max"] = "min") -> None:
+        self.folder = Path(folder)
+        self._best = Best(metric, mode)
+
+    def on_train_start(self, state: TrainState) -> None:
+        """Refuse a run without validations, or whose folder holds other things.
+
+        Raises:
+            ConfigError: In these cases.
+        """
+        require_validation(state, "save_best")
+        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / _INFO).is_file():
+            raise ConfigError(f"save_best replaces its folder, and {str(self.folder)!r} holds other things.")
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+
+    def on_validation_end(self, state: TrainState) -> None:
+        """Save the model if it is the best so far."""
+        if self._best.improves(state) and state.is_main_process:
+            info = {"metric": self._best.metric, "value": self._best.value, "epoch": state.epoch + 1}
+            self._replace(state.model, {**info, "step": state.step})
+
+    def on_exit(self) -> None:
+        """Forget the run."""
+        self._best.value = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value."""
+        return {"best": self._best.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self._best.value = state["best"]
+
+    def _replace(self, model: nn.Module, info: dict[str, Any]) -> None:
+        new, old = (self.folder.with_name(f".{self.folder.name}-{what}") for what in ("new", "old"))
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        _save(model, new)
+        (new / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        if self.folder.exists():
+            self.folder.rename(old)
+        new.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    try:
+        save_pretrained(model, folder)
+    except ConfigError as error:
+        logger.info("save_best: the weights alone are saved. %s", error)
+        from safetensors.torch import save_model
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(model, str(folder / _WEIGHTS))

@@ -1,0 +1,66 @@
+"""Means over the steps of an interval, without waiting for the device in any of them."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class StepMeans:
+    """What steps measured, summed on the device, and the time that they took.
+
+    Attributes:
+        steps: Steps added since the last reading.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._sums: dict[str, torch.Tensor] = {}
+        self._seconds = 0.0
+        self._start: float | None = None
+
+    def start_clock(self) -> None:
+        """Let time count."""
+        self._start = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Let time pass without counting, as in validations."""
+        self._seconds, self._start = self._elapsed(), None
+
+    def add(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Add what a step measured."""
+        self.steps += 1
+        for name, value in metrics.items():
+            value = value.float()
+            if name in self._sums:
+                # a sum that comes from a checkpoint is in host memory first
+                value = self._sums[name].to(value.device) + value
+            self._sums[name] = value
+
+    def read(self, accelerator: Accelerator) -> tuple[dict[str, float], float]:
+        """Return the means over steps and ranks, and seconds per step; start anew. Every rank has to take part."""
+        sums = torch.stack(list(self._sums.values()))
+        means = accelerator.reduce(sums / self.steps, reduction="mean").tolist()
+        named = dict(zip(self._sums, means, strict=True))
+        per_step = self._elapsed() / self.steps  # after the values were read: the device is done
+        self.steps, self._sums, self._seconds = 0, {}, 0.0
+        self.start_clock()
+        return named, per_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return sums and time."""
+        return {"steps": self.steps, "sums": dict(self._sums), "seconds": self._elapsed()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.steps = state["steps"]
+        self._sums = dict(state["sums"])
+        self._seconds = state["seconds"]
+
+    def _elapsed(self) -> float:
+        return self._seconds + (0.0 if self._start is None else time.perf_counter() - self._start)
