@@ -257,7 +257,7 @@ def count_examples(dataset: Dataset[Any], what: str) -> int:
 
 def make_loader(
     examples: Examples,
-    batches: EpochBatches | OrderedBatches,
+    batches: EpochBatches | OrderedBatches | Sequence[list[Key]],
     *,
     collate_function: CollateFunction | None,
     num_workers: int,
