@@ -110,12 +110,16 @@ class TrainConfig:
         """Micro-batches of one rank in a full optimizer step."""
         return self.accumulate_grad_batches or 1
 
-    def keeps_after_epoch(self, num_done: int, stopped: bool) -> bool:
-        """Whether to write a checkpoint after an epoch, given how many are done: at intervals, and after the last."""
+    def keeps_after_epoch(self, num_done: int, step: int, *, stopped: bool) -> bool:
+        """Whether to write a checkpoint after an epoch, given how many epochs and steps are done."""
         if stopped or num_done == self.num_epochs:
             return True
         interval = self.checkpoint_epochs or (None if self.checkpoint_steps else 1)
-        return interval is not None and num_done % interval == 0
+        return (interval is not None and num_done % interval == 0) or self.keeps_after_step(step)
+
+    def keeps_after_step(self, step: int) -> bool:
+        """Whether to write a checkpoint after a step within an epoch, given how many steps are done."""
+        return self.checkpoint_steps is not None and step % self.checkpoint_steps == 0
 
     def validates_after(self, epoch: int) -> bool:
         """Whether the validation set is gone through after epoch `epoch` (from 0): at intervals, and after the last."""

@@ -88,7 +88,7 @@ class CachedPass:
         self.frozen = [] if self.compiled else frozen_parts(module)
         self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._measured = False
-        if self.norms:
+        if self.norms and accelerator.is_main_process:
             logger.warning(
                 "%d BatchNorm layers normalise each sub-batch of %d by its own statistics: gradients are those of "
                 "sub-batches, not of the batch. LayerNorm, GroupNorm, or freezing in evaluation mode avoid that.",

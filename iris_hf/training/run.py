@@ -125,7 +125,8 @@ class TrainingRun:
                     logger.info("Stopped after step %d: %s", state.step, state.stop_reason)
                 else:
                     state.epoch += 1
-                if self.writer is not None and self.config.keeps_after_epoch(state.epoch, bool(state.stop_reason)):
+                stopped = state.stop_reason is not None
+                if self.writer is not None and self.config.keeps_after_epoch(state.epoch, state.step, stopped=stopped):
                     self.checkpoint(is_validated=is_validated)
                 self.leave_if_terminated()
         self.restore_plugins()
@@ -155,7 +156,7 @@ class TrainingRun:
             self.schedule.apply(self.optimizer, self.base_lrs, state.step)
             self.plugins.notify("on_step_end", state)
             if remaining and not state.stop_reason and self.writer is not None:
-                if self.config.checkpoint_steps and state.step % self.config.checkpoint_steps == 0:
+                if self.config.keeps_after_step(state.step):
                     self.checkpoint(is_validated=False)
                 self.leave_if_terminated()
         self.plugins.notify("on_epoch_end", state)

@@ -30,12 +30,19 @@ def assert_equal(got: dict[str, Any], wanted: dict[str, Any], **tolerance: float
 
 
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
-    "alone": (1, {"random_seed": 0, "checkpoint_steps": 2, "num_dataloader_workers": 2, "accumulate_grad_batches": 2}),
+    "alone": (1, {"random_seed": 0, "checkpoint_steps": 3, "num_dataloader_workers": 2, "accumulate_grad_batches": 2}),
     "alone, seed drawn, with a cache": (1, {"checkpoint_steps": 3, "cache": True, "sub_batch_size": 3}),
     "two processes": (2, {"random_seed": 0, "checkpoint_steps": 3, "batch_size": 4}),
     "two processes, sharded": (
         2,
-        {"random_seed": 0, "checkpoint_steps": 3, "batch_size": 4, "optimizer": "zero_adam", "cache": True},
+        {
+            "random_seed": 0,
+            "checkpoint_steps": 3,
+            "batch_size": 4,
+            "optimizer": "zero_adam",
+            "cache": True,
+            "sub_batch_size": 2,
+        },
     ),
 }
 
@@ -47,7 +54,7 @@ def test_killed_and_resumed_ends_with_the_bytes_of_one_never_stopped(name: str, 
     assert run(tmp_path / "out", {**killed, "die_at": 5}, num_processes) != 0
     assert not (tmp_path / "out").exists()
     newest = open_checkpoint(sorted((tmp_path / "killed").glob("step-*"))[-1])
-    assert newest.progress.step in (3, 4)  # in the middle of an epoch
+    assert newest.progress.step == 3  # in the middle of an epoch
     assert run(tmp_path / "resumed", killed, num_processes) == 0
     whole = {**arguments, "random_seed": newest.facts.random_seed, "checkpoint_dir": str(tmp_path / "whole")}
     assert run(tmp_path / "never", whole, num_processes) == 0
