@@ -54,12 +54,13 @@ class LogTracker(Plugin):
         self.folder = folder
         self.options = dict(options or {})
         self._means = StepMeans()
-        self._learning_rates: list[float] = []
+        self._rates: list[float] = []  # of the step before
+        self._next_rates: list[float] = []
         self._tracker: GeneralTracker | None = None
 
     def on_train_start(self, state: TrainState) -> None:
         """Note the first step's learning rates."""
-        self._learning_rates = state.learning_rates
+        self._next_rates = state.learning_rates
 
     def on_epoch_start(self, state: TrainState) -> None:
         """Let the clock run."""
@@ -68,9 +69,9 @@ class LogTracker(Plugin):
     def on_step_end(self, state: TrainState) -> None:
         """Add what the step measured, and send it now and then."""
         self._means.add(state.metrics)
+        self._rates, self._next_rates = self._next_rates, state.learning_rates
         if state.step % self.every == 0:
             self._send_means(state)
-        self._learning_rates = state.learning_rates
 
     def on_epoch_end(self, state: TrainState) -> None:
         """Send the rest of the epoch."""
@@ -104,11 +105,10 @@ class LogTracker(Plugin):
 
     def _send_means(self, state: TrainState) -> None:
         means, seconds = self._means.read(state.accelerator)
-        rates = self._learning_rates
-        if len(rates) == 1:
-            means["learning_rate"] = rates[0]
+        if len(self._rates) == 1:
+            means["learning_rate"] = self._rates[0]
         else:
-            means.update({f"learning_rate/{k}": rate for k, rate in enumerate(rates)})
+            means.update({f"learning_rate/{k}": rate for k, rate in enumerate(self._rates)})
         means["examples_per_second"] = state.examples_per_step / seconds
         if state.accelerator.device.type == "cuda":
             means["peak_device_memory_mib"] = torch.cuda.max_memory_allocated(state.accelerator.device) / 2**20
