@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from iris_hf._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from iris_hf import irisml as irisml
     from iris_hf import metrics as metrics
     from iris_hf.data.coco import load_coco as load_coco
     from iris_hf.data.coco import save_coco as save_coco
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from iris_hf.data.read_targets import get_targets_from_dataset as get_targets_from_dataset
     from iris_hf.data.sampling import make_oversampled_dataset as make_oversampled_dataset
     from iris_hf.data.sampling import sample_few_shot_dataset as sample_few_shot_dataset
+    from iris_hf.data.storage import load_hf_dataset as load_hf_dataset
+    from iris_hf.data.storage import save_hf_dataset as save_hf_dataset
     from iris_hf.data.subclass import get_subclass_dataset as get_subclass_dataset
     from iris_hf.engine.plugins.base import Plugin as Plugin
     from iris_hf.engine.plugins.base import PredictState as PredictState
@@ -69,6 +72,7 @@ _HOMES = {
     "iris_hf.data.prompts": ["build_classification_prompt_dataset", "create_classification_prompt_generator"],
     "iris_hf.data.read_targets": ["get_targets_from_dataset"],
     "iris_hf.data.sampling": ["make_oversampled_dataset", "sample_few_shot_dataset"],
+    "iris_hf.data.storage": ["load_hf_dataset", "save_hf_dataset"],
     "iris_hf.data.subclass": ["get_subclass_dataset"],
     "iris_hf.engine.plugins.base": ["Plugin", "PredictState", "RunState", "TrainState"],
     "iris_hf.errors": ["ConfigError", "DataError", "IrisHFError", "MissingDependencyError"],
@@ -95,7 +99,7 @@ _HOMES = {
     "iris_hf.training.trainer": ["train", "train_with_gradient_cache"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = ("metrics",)
+_MODULES = ("irisml", "metrics")
 
 __all__ = ["__version__", *_MODULES, *sorted(_HOME_OF)]
 

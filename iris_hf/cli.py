@@ -29,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "tasks":
             return _list_tasks(rest)
+        if command in ("run", "show"):
+            from iris_hf.irisml import commands
+
+            return commands.run(rest) if command == "run" else commands.show(rest)
         from iris_hf.tasks import find_task
 
         return _run(find_task(command), rest)
@@ -43,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="iris-hf",
         description="The irisml training tasks on the Hugging Face stack.",
         usage="iris-hf [--version] COMMAND ...",
-        epilog="Commands: `tasks` lists the tasks; `iris-hf TASK --help` says what one takes. "
+        epilog="Commands: `tasks` lists the tasks; `iris-hf TASK --help` says what one takes; `run` runs an irisml "
+        "job; `show` shows a task of jobs. "
         "Several processes: `accelerate launch -m iris_hf TASK ...`.",
     )
     parser.add_argument("--version", action="version", version=f"iris_hf {__version__}")
@@ -78,12 +83,12 @@ def _run(task: Task, arguments: Sequence[str]) -> int:
         elif not field.is_required:
             inputs[field.name] = field.default
     given = {field.name: options[field.name] for field in task.config if options[field.name] is not _UNSET}
-    result = task.function(**inputs, **given)
-    outputs = result if task.output is None else (result,)
+    outputs = task.named_outputs(task.function(**inputs, **given))
     # Inside a launcher every rank has the result, and one of them writes it.
     if int(os.environ.get("RANK", "0")) == 0:
         printed = {}
-        for field, value in zip(task.outputs, outputs, strict=True):
+        for field in task.outputs:
+            value = outputs[field.name]
             path = options[f"save_{field.name}"]
             if path is not None:
                 save_output(field, value, path)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from iris_hf.errors import ConfigError, DataError
 from iris_hf.tasks import Field, union_members
@@ -31,51 +30,15 @@ def read_input(field: Field, text: str | list[str]) -> Any:
     if isinstance(text, list) or str in union_members(field.annotation):
         return text
     if field.name.endswith("dataset"):
-        return read_dataset(text)
+        from iris_hf.data.storage import load_hf_dataset
+
+        path, _, split = text.partition("#")
+        return load_hf_dataset(path, split=split or None).dataset
     if field.name.endswith(("model", "classifier")):
         from iris_hf.models.hub import from_pretrained
 
         return from_pretrained(text)
     return read_tensor(text)
-
-
-def read_dataset(text: str) -> Dataset[Any]:
-    """Load a dataset.
-
-    Args:
-        text: A folder of `save_to_disk`, a folder of images, a `.parquet` file, or a Hub repository; with `#split`
-            where it holds several.
-
-    Raises:
-        ConfigError: If it cannot be loaded, or holds several splits and none is named.
-    """
-    import datasets
-
-    from iris_hf.data.hf_dataset import from_hf
-
-    source, _, split = text.partition("#")
-    path = Path(source)
-    try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            loaded = datasets.load_from_disk(source)
-        elif path.suffix == ".parquet":
-            loaded = datasets.load_dataset("parquet", data_files=source)
-        elif path.is_dir() and not any(path.glob("*.py")) and not any(path.rglob("*.parquet")):
-            loaded = datasets.load_dataset("imagefolder", data_dir=source)
-        else:
-            loaded = datasets.load_dataset(source)
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
-        raise ConfigError(f"No dataset could be loaded from {source!r}: {error}") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if not split and len(loaded) == 1:
-            split = next(iter(loaded))
-        if split not in loaded:
-            raise ConfigError(
-                f"{source!r} has the splits {', '.join(loaded)}. Name one of them: '{source}#{next(iter(loaded))}'."
-            )
-        loaded = loaded[split]
-    dataset: Dataset[Any] = from_hf(loaded)
-    return dataset
 
 
 def read_tensor(text: str) -> Any:

@@ -49,17 +49,19 @@ class Task:
     Attributes:
         name: The task's name, that of the function.
         home: Module of the function.
-        output: Name of the output that is returned bare; None for a function that returns a NamedTuple.
+        output: Name of the output that is returned bare; None for a function that returns a NamedTuple, or nothing.
+        function_name: Name of the function where it is another one.
     """
 
     name: str
     home: str
     output: str | None = None
+    function_name: str | None = None
 
     @cached_property
     def function(self) -> Callable[..., Any]:
         """The task itself."""
-        function: Callable[..., Any] = getattr(import_module(self.home), self.name)
+        function: Callable[..., Any] = getattr(import_module(self.home), self.function_name or self.name)
         return function
 
     @cached_property
@@ -83,9 +85,16 @@ class Task:
         returned = self._hints["return"]
         if self.output is not None:
             return (Field(name=self.output, annotation=returned),)
+        if returned is types.NoneType:
+            return ()
         texts = _described(returned, "Attributes")
         hints = typing.get_type_hints(returned)
         return tuple(Field(name=n, annotation=hints[n], help=texts.get(n, "")) for n in returned._fields)
+
+    def named_outputs(self, result: Any) -> dict[str, Any]:
+        """Return what the function returned by the names of the outputs."""
+        values = () if not self.outputs else (result,) if self.output is not None else result
+        return {field.name: value for field, value in zip(self.outputs, values, strict=True)}
 
     @property
     def _hints(self) -> dict[str, Any]:
@@ -141,7 +150,22 @@ TASKS: Mapping[str, Task] = {
         Task("make_image_text_contrastive_model", "iris_hf.models.contrastive", output="model"),
         Task("split_image_text_model", "iris_hf.models.contrastive"),
         Task("build_zero_shot_classifier", "iris_hf.models.zero_shot", output="classifier"),
+        Task(
+            "create_hf_transform",
+            "iris_hf.models.transforms",
+            output="transform",
+            function_name="create_image_transform",
+        ),
+        Task(
+            "create_hf_tokenizer",
+            "iris_hf.models.sources.open_clip",
+            output="tokenizer",
+            function_name="create_tokenizer",
+        ),
+        Task("save_pretrained", "iris_hf.models.hub"),
         Task("push_to_hub", "iris_hf.hub.push_model"),
+        Task("load_hf_dataset", "iris_hf.data.storage"),
+        Task("save_hf_dataset", "iris_hf.data.storage"),
         Task("get_targets_from_dataset", "iris_hf.data.read_targets", output="targets"),
         Task("get_subclass_dataset", "iris_hf.data.subclass"),
         Task("sample_few_shot_dataset", "iris_hf.data.sampling", output="dataset"),

@@ -15,7 +15,7 @@ LAYERS = [
     {"engine"},
     {"training", "inference", "export", "hub"},
     {"tasks"},
-    {"cli_values"},
+    {"cli_values", "irisml"},
     {"cli"},
     {"__main__"},
 ]

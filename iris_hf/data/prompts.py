@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch.utils.data import Dataset
 
@@ -47,8 +46,7 @@ def create_classification_prompt_generator(
     return PromptGenerator(tuple(fill("{}") for fill in templates))
 
 
-@dataclass(frozen=True)
-class PromptGenerator:
+class PromptGenerator(NamedTuple):
     """Puts a class name into templates.
 
     Attributes:
