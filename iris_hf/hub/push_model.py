@@ -12,15 +12,9 @@ from torch import nn
 from iris_hf.errors import ConfigError
 from iris_hf.hub.cards import merge_cards, model_card
 from iris_hf.hub.repository import Push, add_tag, commit, explained, prepare_repository, read_card
-from iris_hf.models.hub import save_pretrained
+from iris_hf.models.hub import MODEL_FILES, save_pretrained
 from iris_hf.models.pull import patiently
 from iris_hf.models.sources.transformers import hf_network
-
-_STALE = (
-    *("model*.safetensors*", "iris_hf.json", "config.json", "preprocessor_config.json"),
-    *("tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt"),
-)
-"""What another model may have left; files of other names stay."""
 
 
 def push_to_hub(
@@ -106,7 +100,7 @@ def push_to_hub(
                 revision=revision,
                 message=commit_message,
                 parent_commit=parent_commit,
-                stale=(*_STALE, "onnx/*") if exported else _STALE,
+                stale=(*MODEL_FILES, "onnx/*") if exported else MODEL_FILES,
             )
             if tag is not None:
                 add_tag(full_name, tag, kind="model", commit=done.oid)

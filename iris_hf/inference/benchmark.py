@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _TRIMMED = 0.2
 _MIB = 2**20
+_NOTHING = "-"
 _Times = dict[str, list[float]]
 """Seconds of every iteration, by what was done in it."""
 
@@ -199,24 +200,21 @@ def benchmark_table(results: Mapping[str, BenchmarkResult]) -> str:
         results: What :func:`benchmark_model` returned, by the name that its line gets.
 
     Returns:
-        Lines of equal width. Times are in milliseconds per iteration; what was not measured is a dash.
+        Lines of equal width. Times are in milliseconds per iteration. What was not measured is a dash, and a column
+        without any measurement is left out.
     """
-    head = ["", "batch", *_COLUMNS]
-    rows = [
-        [name, str(result.batch_size), *(show(result) for show in _COLUMNS.values())]
-        for name, result in results.items()
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in [head, *rows]]
-    for line, row in zip(lines, [head, *rows], strict=True):
-        line[0] = row[0].ljust(widths[0])
-    return "\n".join("  ".join(line) for line in lines)
+    measured = {head: [show(r) for r in results.values()] for head, show in _COLUMNS.items()}
+    columns = [["", *results], ["batch", *(str(r.batch_size) for r in results.values())]]
+    columns += [[head, *cells] for head, cells in measured.items() if set(cells) != {_NOTHING}]
+    names, *numbers = [[cell.rjust(max(map(len, column))) for cell in column] for column in columns]
+    names = [name.strip().ljust(len(name)) for name in names]
+    return "\n".join("  ".join(line) for line in zip(names, *numbers, strict=True))
 
 
 def _number(field: str, factor: float, digits: int) -> Callable[[BenchmarkResult], str]:
     def show(result: BenchmarkResult) -> str:
         value = getattr(result, field) * factor
-        return f"{value:,.{digits}f}" if value else "-"
+        return f"{value:,.{digits}f}" if value else _NOTHING
 
     return show
 

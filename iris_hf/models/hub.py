@@ -7,7 +7,9 @@ preprocessor_config.json), which `AutoModelFor...` and `pipeline` load without i
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,13 @@ from iris_hf.models.trust import HERE, read_json, refuse_code, refuse_other_sour
 
 _RECIPE_FILE, _WEIGHTS_FILE, _FORMAT = "iris_hf.json", "model.safetensors", 1
 _TOKENIZER_FILE = "tokenizer_config.json"
+MODEL_FILES = (
+    *("model*.safetensors*", "pytorch_model*.bin*", _RECIPE_FILE, "config.json", "generation_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.*"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
+)
+"""What iris_hf and transformers write for a model."""
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> None:
@@ -30,8 +39,9 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     Args:
         model: Made by a function of iris_hf, or by one registered with
             :func:`iris_hf.models.recipe.register_model_factory`; trained or not.
-        folder: Made if absent. A model that it held is replaced. The image processor and the tokenizer go there, too,
-            where the model has one of transformers.
+        folder: Made if absent. A model that it held is replaced with all of its files, once the new one is written;
+            other files stay. The image processor and the tokenizer go there, too, where the model has one of
+            transformers.
 
     Raises:
         ConfigError: If the model, or a part of it, was made otherwise.
@@ -49,19 +59,22 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     stored: dict[str, Any] = {"format": _FORMAT, **to_json(recipe)}
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    if _save_tokenizer(model, path):
-        stored = _point_here(stored)
-    for old in (*path.glob("model*.safetensors*"), *path.glob(_RECIPE_FILE)):
-        old.unlink()
-    network = hf_network(model)
-    if network is not None:
-        stored["arguments"].pop("name_or_path")  # it is config.json
-        network.save_pretrained(path)
-        save_image_processor(model, path)  # type: ignore[arg-type]
-    else:
-        state = {name: tensor.detach().contiguous() for name, tensor in _distinct(model).items()}
-        save_file(state, path / _WEIGHTS_FILE, metadata={"format": "pt"})
-    (path / _RECIPE_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix=".iris_hf-", dir=path) as temporary:
+        new = Path(temporary)
+        if _save_tokenizer(model, new):
+            stored = _point_here(stored)
+        network = hf_network(model)
+        if network is not None:
+            stored["arguments"].pop("name_or_path")  # it is config.json
+            network.save_pretrained(new)
+            save_image_processor(model, new)  # type: ignore[arg-type]
+        else:
+            state = {name: tensor.detach().contiguous() for name, tensor in _distinct(model).items()}
+            save_file(state, new / _WEIGHTS_FILE, metadata={"format": "pt"})
+        (new / _RECIPE_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+        _remove_model(path)
+        for file in new.iterdir():
+            file.replace(path / file.name)
 
 
 def from_pretrained(
@@ -126,6 +139,17 @@ def _load(folder: Path) -> nn.Module:
         raise DataError(f"{str(recipe_file)!r} describes no model that can be made: {error}") from error
     _load_weights(model, folder / _WEIGHTS_FILE)
     return model
+
+
+def _remove_model(folder: Path) -> None:
+    """Remove what another model left, if the folder holds one: a config.json may be of something else."""
+    content = None
+    with contextlib.suppress(DataError):
+        content = read_json(folder / "config.json")
+    held = (folder / _RECIPE_FILE).is_file() or (isinstance(content, dict) and "model_type" in content)
+    for pattern in MODEL_FILES if held else ("model*.safetensors*",):
+        for file in folder.glob(pattern):
+            file.unlink(missing_ok=True)
 
 
 def _read_recipe(file: Path) -> dict[str, Any]:

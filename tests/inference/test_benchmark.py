@@ -262,9 +262,19 @@ def test_the_table_has_a_line_for_each_result() -> None:
     lines = benchmark_table({"first": one, "the second": one._replace(batch_size=64)}).splitlines()
     assert len(lines) == 3
     assert len({len(line) for line in lines}) == 1
-    assert lines[1].split()[:5] == ["first", "4", "-", "-", "-"]
+    assert lines[0].split()[:3] == ["batch", "predict", "ms"]  # nothing of training
+    assert lines[1].split()[:3] == ["first", "4", "12.50"]
     assert lines[2].startswith("the second     64 ")
     assert all(" 12.50 " in line and " 12.35 " in line for line in lines[1:])
+
+
+def test_a_table_of_several_kinds_has_dashes_where_nothing_was_measured() -> None:
+    both, one = measure(Net()), measure(Net(), skip_training=True)
+    head, first, second = benchmark_table({"both": both, "one": one}).splitlines()
+    assert "forward ms" in head
+    assert "GPU MiB" not in head
+    assert "-" not in first
+    assert second.split()[2:5] == ["-", "-", "-"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -13,7 +13,9 @@ from iris_hf.errors import ConfigError, DataError
 from iris_hf.models.classifier import append_classifier
 from iris_hf.models.hub import from_pretrained, save_pretrained
 from iris_hf.models.recipe import register_model_factory
+from iris_hf.models.sources.open_clip import create_tokenizer
 from iris_hf.models.sources.timm import create_timm_model
+from iris_hf.models.sources.transformers import create_hf_model
 from iris_hf.models.steps import as_predictor
 
 from .families import FAMILIES, NAMES, RESNET, TOWERS, make, make_batch, make_inputs
@@ -214,3 +216,66 @@ def test_loading_runs_no_download_of_pretrained_weights(tmp_path):
     assert stored["arguments"]["config"] == {"drop_rate": 0.1}
     hf = make("hf-vit")
     assert hf._recipe.arguments["pretrained"] is False
+
+
+def test_a_saved_model_leaves_nothing_of_the_model_before(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    save_pretrained(make("hf-vit"), tmp_path)
+    for name in ("tokenizer_config.json", "vocab.txt", "model-00001-of-00002.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).write_text("{}")
+    model = make("timm-resnet")
+    save_pretrained(model, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"iris_hf.json", "model.safetensors", "notes.txt"}
+    for a, b in zip(predict(from_pretrained(tmp_path), "timm-resnet"), predict(model, "timm-resnet"), strict=True):
+        assert torch.equal(a, b)
+
+    (tmp_path / "iris_hf.json").unlink()  # as plain transformers would leave it
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    save_pretrained(model, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"iris_hf.json", "model.safetensors", "notes.txt"}
+
+
+@pytest.mark.parametrize("content", ['{"learning_rate": 0.1}', "[]", "no JSON"])
+def test_a_configuration_of_something_else_stays(content, tmp_path):
+    for name, text in (("config.json", content), ("vocab.txt", "words")):
+        (tmp_path / name).write_text(text)
+    save_pretrained(make("timm-resnet"), tmp_path)
+    assert (tmp_path / "config.json").read_text() == content
+    assert (tmp_path / "vocab.txt").read_text() == "words"
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_one_before(tmp_path):
+    save_pretrained(make("hf-vit"), tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    model = make("timm-resnet")
+    model.register_buffer("later", torch.zeros(1, device="meta"))  # has no data to write
+    with pytest.raises(Exception, match="meta"):
+        save_pretrained(model, tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("file", "auto_class"),
+    [("config.json", "AutoConfig"), ("preprocessor_config.json", "AutoImageProcessor")],
+)
+def test_code_in_a_folder_of_transformers_is_refused_without_asking(file, auto_class, tmp_path, monkeypatch):
+    model = make("hf-vit")
+    save_pretrained(model, tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')")
+    content = json.loads((tmp_path / file).read_text())
+    content["model_type" if file == "config.json" else "image_processor_type"] = "evil"
+    (tmp_path / file).write_text(json.dumps({**content, "auto_map": {auto_class: "evil.Evil"}}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked the user"))
+    with pytest.raises(DataError, match=r"custom code|trust_remote_code"):
+        create_hf_model(tmp_path, target_type="multiclass", class_names=NAMES)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_code_of_a_tokenizer_is_refused_without_asking(tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')")
+    content = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked the user"))
+    with pytest.raises(ConfigError, match=r"custom code|trust_remote_code"):
+        create_tokenizer(str(tmp_path))
+    assert not (tmp_path / "trace").exists()

@@ -102,7 +102,7 @@ def from_towers(model: ImageTextContrastiveModel) -> Any:
     if settings is None:
         return None
     with torch.device("meta"):
-        network = AutoModelForZeroShotImageClassification.from_config(settings)
+        network = AutoModelForZeroShotImageClassification.from_config(settings, trust_remote_code=False)
     for theirs, ours in _MODULES.items():
         if hasattr(network, theirs):
             setattr(network, theirs, model.get_submodule(ours))

@@ -213,7 +213,7 @@ def _load_hf_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(resolve_packaged(name))
+        return AutoTokenizer.from_pretrained(resolve_packaged(name), trust_remote_code=False)
     except IrisHFError:
         raise
     except Exception as error:

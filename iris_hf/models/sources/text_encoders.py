@@ -102,7 +102,7 @@ def _create(
             wrong |= {"missing_keys": missing} if missing else {}
         refuse_wrong_weights(source, wrong)
     else:
-        network = auto_class.from_config(settings)
+        network = auto_class.from_config(settings, trust_remote_code=False)
     network.train()
     if pooling == "pooler" and getattr(network, "pooler", None) is None:
         raise ConfigError(f"{type(network).__name__} has no pooler. Choose pooling 'mean', 'cls' or 'last'.")

@@ -193,7 +193,7 @@ def _create(
         if exact or target_type == "image_text":
             refuse_wrong_weights(source, wrong)
     else:
-        network = auto_class.from_config(settings)
+        network = auto_class.from_config(settings, trust_remote_code=False)
         for name, parameter in network.named_parameters():
             if "backbone" in name:  # DETR freezes its backbone, which has learnt nothing here
                 parameter.requires_grad_(True)
@@ -328,7 +328,7 @@ def make_config(source: Any, changes: Mapping[str, Any], *, pretrained: bool) ->
         return CONFIG_MAPPING[str(source)].from_dict(_settle_backbone(changes, str(source)))
     else:
         try:
-            settings = AutoConfig.from_pretrained(str(source))
+            settings = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
         except (OSError, ValueError) as error:
             types = "" if pretrained else " It is no model type either."
             raise DataError(f"There is no configuration of transformers at {str(source)!r}: {error}{types}") from error
@@ -402,6 +402,7 @@ def load_network(auto_class: Any, source: str, settings: Any, *, exact: bool) ->
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            trust_remote_code=False,
         )
     except Exception as error:
         raise DataError(f"The weights of {source!r} cannot be loaded: {error}") from error
@@ -450,7 +451,10 @@ def _load_processor(source: str) -> Any:
     except OSError:
         return None
     slow = {"use_fast": False} if transformers.__version__.startswith("4.") else {}
-    return AutoImageProcessor.from_pretrained(source, **slow)
+    try:
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **slow)
+    except ValueError as error:
+        raise DataError(f"The image processor of {source!r} cannot be loaded: {error}") from error
 
 
 def _fields_of_processor(processor: Any) -> dict[str, Any]:
