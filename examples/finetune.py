@@ -10,9 +10,15 @@ The backbone is any model of timm. The default carries its ImageNet weights in a
 
 With `--weights hub` timm fetches those of any other `--backbone`. `--freeze` trains the classifier alone.
 
-On 200 + 60 photos of each of five flowers, 128 pixels wide, three epochs of fine-tuning take 2 minutes on two CPU
-cores and print `test accuracy: 0.660`. (With so few photos a classifier on frozen features, as in `few_shot.py`, gets
-0.760.) `outputs/finetune.png` shows photos with what was predicted, and the accuracy per class.
+First a linear classifier is trained on the frozen backbone, whose features are computed once; then both are trained
+together at a small rate, with the normalisation layers as they are. (A new classifier's first gradients would spoil
+what the backbone knows: Kumar et al., arXiv 2202.10054.) On 200 + 60 photos of each of five flowers, 128 pixels wide,
+three epochs take 3 minutes on one CPU core and print
+
+    classifier on the frozen backbone: 0.777
+    test accuracy: 0.787 on 300 images
+
+`outputs/finetune.png` shows photos with what was predicted, and the accuracy per class.
 """
 
 import argparse
@@ -42,47 +48,77 @@ def main() -> None:
     options = parser.parse_args()
 
     train_set, test_set = load(options.dataset)
-    from_hub = options.weights == "hub"
     torch.manual_seed(0)
-    model = iris_hf.create_timm_model(
-        options.backbone,
-        num_classes=train_set.num_classes,
-        class_names=train_set.class_names,
-        pretrained=from_hub,
-        weights=None if from_hub else options.weights,
-        image_spec={"height": options.image_size, "width": options.image_size},
-    )
-    if options.freeze:
-        model.requires_grad_(False)
-        model.encoder.network.get_classifier().requires_grad_(True)
-
-    model, seconds = iris_hf.train(
-        model,
-        train_set,
-        iris_hf.create_image_transform(model, train=True, min_scale=0.35),
-        test_set,
-        iris_hf.create_image_transform(model),
-        num_epochs=options.epochs,
-        batch_size=options.batch_size,
-        optimizer="adamw",
-        base_lr=1e-3,
-        weight_decay=0.05,
-        no_weight_decay_param_names=[r".*\.bias"],
-        lr_scheduler={"name": "cosine_annealing", "warmup_iters": 10},
-        random_seed=0,
-        plugins=["progressbar", "log_summary"],
-    )
-    predictions, targets = iris_hf.predict(test_set, model, iris_hf.create_image_transform(model), batch_size=64)
+    model = create(options, train_set.num_classes, train_set.class_names)
+    classifier = train_classifier(create(options, 0), train_set, options.batch_size)
+    model.network.network.get_classifier().load_state_dict(classifier.state_dict())
+    transform = iris_hf.create_image_transform(model)
+    predictions, targets = iris_hf.predict(test_set, model, transform, batch_size=64)
+    frozen = iris_hf.evaluate_accuracy(predictions, targets)
+    if not options.freeze:
+        model, _ = iris_hf.train(
+            model,
+            train_set,
+            iris_hf.create_image_transform(model, train=True, min_scale=0.35),
+            test_set,
+            transform,
+            num_epochs=options.epochs,
+            batch_size=options.batch_size,
+            optimizer="adamw",
+            base_lr=3e-5,
+            weight_decay=0.05,
+            no_weight_decay_param_names=[r".*\.bias"],
+            lr_scheduler={"name": "cosine_annealing", "warmup_iters": 10},
+            random_seed=0,
+            plugins=["progressbar", "log_summary", "freeze_modules('bn|norm')"],
+        )
+        predictions, targets = iris_hf.predict(test_set, model, transform, batch_size=64)
 
     from accelerate import PartialState
 
     if PartialState().is_main_process:
-        print(f"trained in {seconds:.0f} s on {len(train_set)} images")
+        print(f"classifier on the frozen backbone: {frozen:.3f}")
         print(f"test accuracy: {iris_hf.evaluate_accuracy(predictions, targets):.3f} on {len(test_set)} images")
         iris_hf.save_pretrained(model, options.output)
         picture = options.output.with_suffix(".png")
         draw(test_set, predictions, targets, picture)
         print(f"model: {options.output}, picture: {picture}")
+
+
+def create(options: argparse.Namespace, num_classes: int, class_names: list[str] | None = None) -> Any:
+    """Return the pretrained backbone with a classifier, or alone for 0 classes."""
+    from_hub = options.weights == "hub"
+    return iris_hf.create_timm_model(
+        options.backbone,
+        num_classes=num_classes,
+        class_names=class_names,
+        pretrained=from_hub,
+        weights=None if from_hub else options.weights,
+        image_spec={"height": options.image_size, "width": options.image_size},
+    )
+
+
+def train_classifier(backbone: torch.nn.Module, dataset: Any, batch_size: int) -> torch.nn.Linear:
+    """Train a linear classifier on the features of a frozen backbone, which are computed once."""
+    transform = iris_hf.create_image_transform(backbone)
+    features, labels = iris_hf.predict(dataset, backbone, transform, batch_size=50)
+    model, _ = iris_hf.train(
+        iris_hf.append_classifier(
+            torch.nn.Identity(),
+            torch.nn.Linear(features.shape[1], dataset.num_classes),
+            task_type="multiclass_classification",
+        ),
+        torch.utils.data.TensorDataset(features, labels),
+        None,
+        num_epochs=60,
+        batch_size=batch_size,
+        optimizer="adamw",
+        base_lr=1e-3,
+        weight_decay=0.05,
+        random_seed=0,
+        num_dataloader_workers=0,
+    )
+    return model.network[1]
 
 
 def load(source: str) -> tuple[Any, Any]:

