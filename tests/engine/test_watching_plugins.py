@@ -245,9 +245,8 @@ def test_a_profile_shows_the_operations_of_training_and_prediction(
     assert "aten::addmm" in caplog.text
 
 
-def mixed(plugin: Mixup, batch: Any, model: nn.Module | None = None) -> Any:
-    state: Any = type("State", (), {"model": model or Net()})
-    plugin.on_train_start(state)
+def mixed(plugin: Mixup, batch: Any) -> Any:
+    plugin.transform_model(Net())
     torch.manual_seed(3)
     return plugin.transform_batch(batch)
 

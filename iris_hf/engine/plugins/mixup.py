@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iris_hf.engine.plugins.base import Plugin, TrainState
+from iris_hf.engine.plugins.base import Plugin
 from iris_hf.errors import ConfigError, DataError
 
 
@@ -33,11 +33,12 @@ class Mixup(Plugin):
         self._num_classes: int | None = None
         self._is_multilabel = False
 
-    def on_train_start(self, state: TrainState) -> None:
+    def transform_model(self, model: nn.Module) -> nn.Module:
         """Look at what the model classifies."""
-        known = getattr(state.model, "num_classes", None)
+        known: Any = getattr(model, "num_classes", None)
         self._num_classes = self.num_classes if self.num_classes is not None else known
-        self._is_multilabel = getattr(state.model, "target_type", None) == "multilabel"
+        self._is_multilabel = getattr(model, "target_type", None) == "multilabel"
+        return model
 
     def transform_batch(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
         """Mix.

@@ -22,6 +22,7 @@ BUILT_IN = {
     "early_stopping": "iris_hf.engine.plugins.early_stopping:EarlyStopping",
     "ema": "iris_hf.engine.plugins.ema:EMA",
     "freeze_modules": "iris_hf.engine.plugins.freeze_modules:FreezeModules",
+    "heartbeat": "iris_hf.engine.plugins.heartbeat:Heartbeat",
     "log_summary": "iris_hf.engine.plugins.log_summary:LogSummary",
     "log_tensorboard": "iris_hf.engine.plugins.trackers:LogTensorboard",
     "log_tracker": "iris_hf.engine.plugins.trackers:LogTracker",
