@@ -34,8 +34,13 @@ if TYPE_CHECKING:
     from iris_hf.errors import DataError as DataError
     from iris_hf.errors import IrisHFError as IrisHFError
     from iris_hf.errors import MissingDependencyError as MissingDependencyError
+    from iris_hf.export.onnx import OnnxExport as OnnxExport
+    from iris_hf.export.onnx import export_onnx as export_onnx
+    from iris_hf.export.onnx import export_onnx_model as export_onnx_model
+    from iris_hf.export.runtime import load_onnx as load_onnx
     from iris_hf.hub.push_dataset import push_dataset_to_hub as push_dataset_to_hub
     from iris_hf.hub.push_model import push_to_hub as push_to_hub
+    from iris_hf.inference.benchmark import benchmark_model as benchmark_model
     from iris_hf.inference.predictor import predict as predict
     from iris_hf.metrics.classification import evaluate_accuracy as evaluate_accuracy
     from iris_hf.metrics.classification import (
@@ -76,8 +81,11 @@ _HOMES = {
     "iris_hf.data.subclass": ["get_subclass_dataset"],
     "iris_hf.engine.plugins.base": ["Plugin", "PredictState", "RunState", "TrainState"],
     "iris_hf.errors": ["ConfigError", "DataError", "IrisHFError", "MissingDependencyError"],
+    "iris_hf.export.onnx": ["OnnxExport", "export_onnx", "export_onnx_model"],
+    "iris_hf.export.runtime": ["load_onnx"],
     "iris_hf.hub.push_dataset": ["push_dataset_to_hub"],
     "iris_hf.hub.push_model": ["push_to_hub"],
+    "iris_hf.inference.benchmark": ["benchmark_model"],
     "iris_hf.inference.predictor": ["predict"],
     "iris_hf.metrics.classification": ["evaluate_accuracy", "evaluate_multilabel_average_precision"],
     "iris_hf.metrics.detection": ["evaluate_detection_average_precision"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +92,7 @@ def open_accelerator(device: Device | None = None, **options: Any) -> Iterator[A
             accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_plugin=accumulation, **options)
         except ValueError as error:
             raise ConfigError(f"Accelerate refuses this set-up: {error}") from error
+        atexit.register(_leave_process_group)  # an open one can abort the process as it ends
         if accelerator.num_processes != world_size:
             raise ConfigError(
                 f"The launcher started {world_size} processes, but Accelerate, which was set up earlier in this "
@@ -103,6 +105,11 @@ def open_accelerator(device: Device | None = None, **options: Any) -> Iterator[A
         for singleton, state in zip(singletons, kept, strict=True):
             singleton._shared_state.clear()
             singleton._shared_state.update(state)
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def agree_on_seed(random_seed: int | None) -> int:

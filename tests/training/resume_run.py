@@ -32,13 +32,6 @@ class Killer(iris_hf.Plugin):
             os.kill(os.getpid(), signal.SIGTERM)  # one process gets it, all have to leave
 
 
-class NormTowers(TwoTowers):
-    """With BatchNorm, whose statistics differ from rank to rank between validations."""
-
-    def __init__(self, dropout: float) -> None:
-        super().__init__(norm=True, dropout=dropout, dtype=torch.float32)
-
-
 def augmented(inputs: Any) -> Any:
     image, text = inputs
     return noisy(image), text
@@ -57,9 +50,10 @@ def main(out: str, arguments: dict[str, Any]) -> None:
         "plugins": [recorder, killer, *arguments.pop("plugins", ())],
         **arguments,
     }
-    model = NormTowers(settings.pop("dropout", 0.3))
-    transform = None if settings.pop("plain", False) else augmented
-    result = task(model, Pairs(61, torch.float32), transform, Pairs(13, torch.float32), **settings)
+    # BatchNorm's statistics differ from rank to rank between validations; dropout draws on every rank.
+    random_parts = {"norm": True, "dropout": 0.3} if settings.pop("with_random_parts", True) else {}
+    model = TwoTowers(dtype=torch.float32, **random_parts)
+    result = task(model, Pairs(61, torch.float32), augmented, Pairs(13, torch.float32), **settings)
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save({"weights": result.model.state_dict(), **vars(recorder)}, out)
 

@@ -19,14 +19,15 @@ SCRIPT = str(Path(__file__).with_name("resume_run.py"))
 def run(out: Path, arguments: dict[str, Any], num_processes: int = 1) -> int:
     command = (SCRIPT, str(out), json.dumps(arguments))
     done = run_python(*command) if num_processes == 1 else torchrun(num_processes, *command)
+    print(done.stderr)  # shown where the test fails
     if done.returncode == 0:
-        assert out.exists(), done.stderr
+        assert out.exists()
     return done.returncode
 
 
-def assert_equal(got: dict[str, Any], wanted: dict[str, Any], **tolerance: float) -> None:
+def assert_equal(got: dict[str, Any], wanted: dict[str, Any], *, rtol: float = 0, atol: float = 0) -> None:
     for name, weight in wanted["weights"].items():
-        torch.testing.assert_close(got["weights"][name], weight, **(tolerance or {"rtol": 0, "atol": 0}))
+        torch.testing.assert_close(got["weights"][name], weight, rtol=rtol, atol=atol)
 
 
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -68,7 +69,7 @@ def test_killed_and_resumed_ends_with_the_bytes_of_one_never_stopped(name: str, 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_on_another_number_of_processes(first: int, then: int, tmp_path: Path) -> None:
-    arguments = {"random_seed": 0, "checkpoint_steps": 3, "dropout": 0.0}
+    arguments = {"random_seed": 0, "checkpoint_steps": 3, "with_random_parts": False}
     folder = str(tmp_path / "checkpoints")
 
     def on(num_processes: int) -> dict[str, Any]:
@@ -80,8 +81,8 @@ def test_a_run_goes_on_on_another_number_of_processes(first: int, then: int, tmp
     resumed, never = torch.load(tmp_path / "out"), torch.load(tmp_path / "never")
     assert resumed["steps"] == never["steps"][3:]
     assert resumed["learning_rates"] == never["learning_rates"][3:]
-    # clip's batch and BatchNorm's part of it depend on the process: close, as the first step's loss is
-    assert resumed["losses"][-1] == pytest.approx(never["losses"][-1], rel=0.2)
+    assert resumed["losses"] == pytest.approx(never["losses"][3:], rel=1e-5)
+    assert_equal(resumed, never, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
