@@ -8,6 +8,7 @@ import os
 import sys
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from iris_hf._version import __version__
@@ -160,6 +161,8 @@ def _option(annotation: Any) -> dict[str, Any]:
         return {"choices": get_args(members[0])}
     if len(members) == 1 and members[0] in (int, float, str):
         return {"type": members[0], "metavar": members[0].__name__.upper()}
+    if set(members) == {str, Path}:
+        return {"type": str, "metavar": "PATH"}
     lists = [m for m in members if get_origin(m) is not None and issubclass(get_origin(m), Sequence)]
     if lists and any(str in union_members(get_args(item)[0]) for item in lists):
         return {"nargs": "*", "metavar": "TEXT"}

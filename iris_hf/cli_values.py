@@ -74,7 +74,7 @@ def _of_lists(values: Any) -> Any:
 
 
 def save_output(field: Field, value: Any, path: str) -> None:
-    """Save an output of a task where `path` says: a model's or dataset's folder, or a tensor's file.
+    """Save an output of a task where `path` says: a model's or dataset's folder, a tensor's file, or a file of bytes.
 
     Raises:
         ConfigError: If the kind of output cannot be saved there.
@@ -94,6 +94,8 @@ def save_output(field: Field, value: Any, path: str) -> None:
         from safetensors.torch import save_file
 
         save_file({"values": value} if isinstance(value, Tensor) else {str(i): t for i, t in enumerate(value)}, path)
+    elif isinstance(value, bytes):
+        Path(path).write_bytes(value)
     elif suffix == ".json":
         Path(path).write_text(json.dumps(shown(value, limit=None)))
     else:
