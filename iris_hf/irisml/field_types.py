@@ -47,9 +47,9 @@ def input_type(annotation: Any) -> Any:
 
 
 def takes_text(annotation: Any) -> bool:
-    """Whether a text of the job can be the value of an input of this type."""
+    """Whether a text of the job can be a value of this type."""
     members = union_members(annotation)
-    return str in members or Any in members
+    return any(m in (str, Path, Any) or get_origin(m) is Literal for m in members)
 
 
 def is_optional(annotation: Any) -> bool:
@@ -101,16 +101,24 @@ def nested_classes() -> dict[str, type]:
 
 
 def plain_dataclass(kind: Any) -> type:
-    """Return a dataclass with the fields of another, in the loader's types, and without its checks."""
+    """Return a dataclass with the fields of another, in the loader's types, and without its checks.
+
+    Fields that have a default may be None as well, which means the default.
+    """
     if kind not in _PLAIN_DATACLASSES:
         hints = typing.get_type_hints(kind)
         plain = make_fields_class(
             kind.__name__,
-            [(f.name, config_type(hints[f.name]), f.default) for f in dataclasses.fields(kind)],
+            [(f.name, _nested_type(hints[f.name], f.default), f.default) for f in dataclasses.fields(kind)],
             qualname=kind.__name__,
         )
         _PLAIN_DATACLASSES[kind] = plain
     return _PLAIN_DATACLASSES[kind]
+
+
+def _nested_type(annotation: Any, default: Any) -> Any:
+    kind = config_type(annotation)
+    return kind if default is dataclasses.MISSING or kind is Any else Optional[kind]  # noqa: UP045
 
 
 HOME = "iris_hf.irisml.tasks"

@@ -12,7 +12,7 @@ from typing import Any, get_origin
 from iris_hf._version import __version__
 from iris_hf.errors import ConfigError
 from iris_hf.irisml.engine import irisml_module
-from iris_hf.irisml.field_types import HOME, config_type, input_type, make_fields_class
+from iris_hf.irisml.field_types import HOME, config_type, input_type, make_fields_class, takes_text
 from iris_hf.irisml.ranks import call_on_all_ranks
 from iris_hf.tasks import Field, Task, find_task
 
@@ -23,9 +23,12 @@ _ON_ALL_RANKS = frozenset({"train", "train_with_gradient_cache", "predict", "ben
 """The tasks that use every process of a launcher."""
 
 _NOT_CACHED = frozenset(
-    {"benchmark_model", "load_hf_dataset", "save_hf_dataset", "save_pretrained", "push_to_hub", "push_dataset_to_hub"}
+    {
+        *("benchmark_model", "export_onnx", "load_hf_dataset", "save_hf_dataset", "save_pretrained"),
+        *("push_to_hub", "push_dataset_to_hub"),
+    }
 )
-"""What measures, or reads or writes something that others may change."""
+"""What measures, or reads or writes something beside its inputs and outputs."""
 
 _RUN_WHEN_DRY = frozenset(
     {
@@ -87,7 +90,7 @@ def _execute(self: Any, inputs: Any) -> Any:
     """Call the task's function."""
     task: Task = self.iris_hf_task
     arguments = {f.name: getattr(inputs, f.name) for f in task.inputs}
-    arguments |= config_values(self.config, self.context)
+    arguments |= config_values(task, self.config, self.context)
     result = call_on_all_ranks(task, arguments) if task.name in _ON_ALL_RANKS else task.function(**arguments)
     return self.Outputs(**{name: _stored(value) for name, value in task.named_outputs(result).items()})
 
@@ -102,15 +105,21 @@ def _dry_run(self: Any, inputs: Any) -> Any:
     return self.Outputs(**{f.name: given[f.name] for f in task.outputs if f.name in given})
 
 
-def config_values(config: Any, context: Any) -> dict[str, Any]:
+def config_values(task: Task, config: Any, context: Any) -> dict[str, Any]:
     """Return the keyword arguments that a Config stands for.
 
     Args:
+        task: Whose Config it is.
         config: Its nested dataclasses become mappings without the fields that are None.
         context: irisml's, for the variables in the arguments of plugins: `"ema('$env.DECAY')"`.
     """
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    values = {name: _as_mapping(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+    for field in task.config:
+        value = values[field.name]
+        if dataclasses.is_dataclass(value):
+            values[field.name] = _as_mapping(value)
+        elif isinstance(value, str) and not takes_text(field.annotation):
+            values[field.name] = _literal(value)  # a variable for one of several types, such as a number or a list
     if values.get("plugins"):
         values["plugins"] = [_without_variables(plugin, context) for plugin in values["plugins"]]
     return values

@@ -75,7 +75,8 @@ def _features(text_features: Tensor | Sequence[Tensor]) -> Tensor:
 
 def _classes(text_classes: Tensor | Sequence[int], num_texts: int, num_classes: int) -> Tensor:
     classes = torch.as_tensor(text_classes)
-    if classes.is_floating_point() or classes.ndim > 2 or classes.shape[1:] not in ((), (1,)):
+    is_whole = not classes.is_floating_point() or bool((classes == classes.round()).all())
+    if not is_whole or classes.ndim > 2 or classes.shape[1:] not in ((), (1,)):
         raise DataError(
             f"text_classes must be integers [N] or [N, 1], got {classes.dtype} of shape {tuple(classes.shape)}."
         )

@@ -76,7 +76,7 @@ def test_classes_without_a_text_get_zeros_and_one_warning():
         (make_features(2), [-1, 0], {}, DataError, r"Text 0 has the class index -1"),
         (
             make_features(2),
-            [0.0, 1.0],
+            [0.5, 1.0],
             {},
             DataError,
             r"text_classes must be integers \[N\] or \[N, 1\], got torch.float",
@@ -151,3 +151,9 @@ def test_a_model_trained_by_unicl_with_prompts_classifies_zero_shot(tmp_path):
     zero_shot = append_classifier(image_model, classifier, task_type="multiclass_classification")
     predictions, targets = predict(Colours(), zero_shot, **options)
     assert (predictions.argmax(1) == targets).float().mean() > 0.95
+
+
+def test_whole_floats_are_classes_as_in_irisml() -> None:
+    features = make_features(2)
+    ours = build_zero_shot_classifier(features, torch.tensor([1.0, 0.0]), num_classes=2)
+    assert torch.equal(ours.weight, build_zero_shot_classifier(features, [1, 0], num_classes=2).weight)

@@ -1,0 +1,50 @@
+"""A sign of life at intervals, for epochs that take hours."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from iris_hf.engine.plugins.base import Plugin, PredictState, TrainState
+from iris_hf.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class Heartbeat(Plugin):
+    """Logs how far a run is, at most once in an interval, on the main process.
+
+    Attributes:
+        interval_in_minutes: The interval, from the start of the run.
+    """
+
+    def __init__(self, interval_in_minutes: float = 5) -> None:
+        if not interval_in_minutes >= 0:  # NaN too
+            raise ConfigError(f"heartbeat: interval_in_minutes must not be negative, got {interval_in_minutes}.")
+        self.interval_in_minutes = interval_in_minutes
+        self._last = 0.0
+
+    def on_train_start(self, state: TrainState) -> None:
+        """Start the clock."""
+        self._last = time.monotonic()
+
+    def on_step_end(self, state: TrainState) -> None:
+        """Log the step and the loss."""
+        if self._is_due(state.is_main_process):
+            logger.info("Step %d of %d is done, loss %.4g.", state.step, state.num_steps, float(state.loss))
+
+    def on_prediction_start(self, state: PredictState) -> None:
+        """Start the clock."""
+        self._last = time.monotonic()
+
+    def on_prediction_batch_end(self, state: PredictState) -> None:
+        """Log the batch."""
+        if self._is_due(state.is_main_process):
+            logger.info("Batch %d of %d is predicted.", state.batch, state.num_batches)
+
+    def _is_due(self, is_main_process: bool) -> bool:
+        now = time.monotonic()
+        if not is_main_process or now < self._last + 60 * self.interval_in_minutes:
+            return False
+        self._last = now
+        return True
