@@ -7,9 +7,16 @@
 A small vision transformer learns scikit-learn's digits. It is exported to ONNX (`pip install "iris-hf[onnx]"`), which
 includes the proof that ONNX Runtime gives the same, and both go to a private repository of the Hub, with a model card.
 Then another Python process with an empty cache pulls them and predicts, once with the pulled model and once with ONNX
-Runtime. HF_ENDPOINT chooses another Hub, and HF_TOKEN another token. It takes TIME and prints
+Runtime. HF_ENDPOINT chooses another Hub, and HF_TOKEN another token. It takes 40 seconds on one CPU core and prints
 
-    RESULT
+    test accuracy: 0.928 on 360 digits
+    exported to ONNX: 0.3 MiB
+    pushed: https://huggingface.co/your-name/digits/commit/...
+    pulled model: same class for 360 of 360 digits, largest difference 0.0e+00
+    pulled ONNX: same class for 360 of 360 digits, largest difference 6.6e-07
+    all three agree
+
+beside the names and sizes of the files.
 """
 
 import argparse
