@@ -54,11 +54,13 @@ class _Crew:
     Attributes:
         rank: This one's; 0 is the main process.
         group: All of them, for talking on the CPU beside the groups of the tasks.
+        failed: The same, for meeting after a failure.
         is_whole: Whether all still listen; not after an error on some of them only.
     """
 
     rank: int
     group: Any
+    failed: Any
     is_whole: bool = True
 
     def lead(self, job: Callable[[], None]) -> None:
@@ -106,10 +108,10 @@ class _Crew:
 
     def _meet_after_failure(self) -> None:
         """Find out whether the call failed on every rank, as most mistakes make it."""
-        from torch.distributed import monitored_barrier
+        from torch.distributed import barrier
 
         try:
-            monitored_barrier(self.group, timeout=_FAILURE_WAIT)
+            barrier(self.failed)
         except RuntimeError:
             self.is_whole = False
 
@@ -143,7 +145,8 @@ def _open_crew() -> Iterator[_Crew]:
     with open_accelerator():
         pass  # it has set the process group up as Accelerate wants it, for the whole process
     group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
-    crew = _Crew(dist.get_rank(), group)
+    failed = dist.new_group(backend="gloo", timeout=_FAILURE_WAIT)
+    crew = _Crew(dist.get_rank(), group, failed)
     yield crew
     if crew.is_whole:
         dist.destroy_process_group()

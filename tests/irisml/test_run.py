@@ -95,7 +95,10 @@ WRONG = {
     "unknown task": ((1, {"task": "trian"}), "Unknown task 'trian'. Did you mean 'train'"),
     "upper case": ((1, {"task": "Train"}), "Unknown task 'Train'"),
     "unknown key": ((1, {"configs": {}}), r"Unknown key of tasks\[1\] \(train\) 'configs'. Did you mean 'config'"),
-    "unknown field": ((1, {"config": {"num_epoch": 1}}), "Task 'train': Unknown config field 'num_epoch'. Did you mean"),
+    "unknown field": (
+        (1, {"config": {"num_epoch": 1}}),
+        "Task 'train': Unknown config field 'num_epoch'. Did you mean",
+    ),
     "unknown nested field": (
         (1, {"config": {"lr_scheduler": {"warm_iters": 1}}}),
         "Task 'train': Unknown field of lr_scheduler 'warm_iters'",

@@ -21,12 +21,25 @@ LR_SCHEDULER = (
     "decay_rate"
 )
 TRAIN_CONFIG = {
-    **{"num_epochs": int, "batch_size": int, "base_lr": float, "device": Literal["cpu", "cuda"]},
-    **{"accumulate_grad_batches": int, "momentum": float, "nesterov": bool, "val_check_interval": float},
-    **{"val_check_interval_epoch": int, "val_batch_size": int, "weight_decay": float, "num_processes": int},
-    **{"num_dataloader_workers": int, "no_weight_decay_param_names": list[str]},
-    **{"no_weight_decay_module_class_names": list[str], "lr_scale_param_names": list[tuple[str, float]]},
-    **{"plugins": list[str], "random_seed": int, "ddp_find_unused_parameters": bool},
+    "num_epochs": int,
+    "batch_size": int,
+    "base_lr": float,
+    "device": Literal["cpu", "cuda"],
+    "accumulate_grad_batches": int,
+    "momentum": float,
+    "nesterov": bool,
+    "val_check_interval": float,
+    "val_check_interval_epoch": int,
+    "val_batch_size": int,
+    "weight_decay": float,
+    "num_processes": int,
+    "num_dataloader_workers": int,
+    "no_weight_decay_param_names": list[str],
+    "no_weight_decay_module_class_names": list[str],
+    "lr_scale_param_names": list[tuple[str, float]],
+    "plugins": list[str],
+    "random_seed": int,
+    "ddp_find_unused_parameters": bool,
 }
 PREDICT_CONFIG = {
     name: TRAIN_CONFIG[name] for name in ("batch_size", "device", "num_processes", "num_dataloader_workers", "plugins")
@@ -55,8 +68,11 @@ ORIGINAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "make_oversampled_dataset": (
         "dataset",
         {
-            **{"min_num_samples": int, "oversampling_rate": float, "balance": bool},
-            **{"balance_weights_max": float, "balance_weights_min": float},
+            "min_num_samples": int,
+            "oversampling_rate": float,
+            "balance": bool,
+            "balance_weights_max": float,
+            "balance_weights_min": float,
         },
         "dataset",
     ),
@@ -68,8 +84,12 @@ ORIGINAL: dict[str, tuple[str, dict[str, Any], str]] = {
     "benchmark_model": (
         "model dataset transform",
         {
-            **{"batch_size": int, "device": Literal["cpu", "cuda"], "num_iterations": int, "skip_training": bool},
-            **{"skip_prediction": bool, "plugins": list[str]},
+            "batch_size": int,
+            "device": Literal["cpu", "cuda"],
+            "num_iterations": int,
+            "skip_training": bool,
+            "skip_prediction": bool,
+            "plugins": list[str],
         },
         "forward_backward_time_per_iteration forward_time_per_iteration backward_time_per_iteration "
         "prediction_time_per_iteration max_cuda_memory_in_mb",
@@ -190,7 +210,7 @@ def test_install_resolves_its_names_only_and_can_be_undone() -> None:
     assert len(sys.meta_path) == len(before) + 1
     assert importlib.import_module("irisml.tasks.train").Task is task_class("train")
     assert importlib.import_module("irisml.tasks.get_dataset_split") is other
-    with pytest.raises(AttributeError, match="'irisml.tasks.predict' of iris_hf has no attribute 'Predictor'"):
+    with pytest.raises(AttributeError, match=r"'irisml\.tasks\.predict' of iris_hf has no attribute 'Predictor'"):
         _ = importlib.import_module("irisml.tasks.predict").Predictor
     iris_hf.irisml.uninstall()
     iris_hf.irisml.uninstall()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import typing
 
 import irisml.core
 
@@ -15,7 +14,7 @@ class Task(irisml.core.TaskBase):
 
     @dataclasses.dataclass
     class Inputs:
-        value: typing.Optional[str] = None
+        value: str | None = None
 
     @dataclasses.dataclass
     class Config:
