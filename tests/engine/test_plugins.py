@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import run_python
+from launching import EXAMPLES, number, run_python
 from tiny import Net, Tensors
 
 import iris_hf
@@ -210,3 +210,11 @@ def test_on_a_terminal_the_bar_moves_and_log_lines_stay_whole() -> None:
     assert "predict: 100%" in text
     lines = [line.strip("\r").rpartition("\r")[2] for line in text.replace("\x1b[A", "").split("\n")]
     assert any(re.fullmatch(r"epoch 1/2: loss \d\.\d{4}, 64 steps in .* examples/s", line) for line in lines)
+
+
+def test_a_plugin_of_ones_own_is_one_small_class() -> None:
+    done = run_python(str(EXAMPLES / "own_plugin.py"))
+    assert done.returncode == 0, done.stderr
+    assert number("epoch 1: the largest gradient norm was", done.stdout) == pytest.approx(1.0, abs=0.1)
+    assert number("epoch 3: the largest gradient norm was", done.stdout) > 0
+    assert number("validation accuracy:", done.stdout) == pytest.approx(0.85, abs=0.04)

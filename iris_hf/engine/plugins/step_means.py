@@ -36,11 +36,12 @@ class StepMeans:
         """Add what a step measured."""
         self.steps += 1
         for name, value in metrics.items():
-            value = value.float()
             if name in self._sums:
-                # a sum that comes from a checkpoint is in host memory first
-                value = self._sums[name].to(value.device) + value
-            self._sums[name] = value
+                if self._sums[name].device != value.device:  # from a checkpoint, which is in host memory
+                    self._sums[name] = self._sums[name].to(value.device)
+                self._sums[name] += value
+            else:
+                self._sums[name] = value.to(torch.float32, copy=True)
 
     def read(self, accelerator: Accelerator) -> tuple[dict[str, float], float]:
         """Return the means over steps and ranks, and seconds per step; start anew. Every rank has to take part."""
@@ -54,7 +55,7 @@ class StepMeans:
 
     def state_dict(self) -> dict[str, Any]:
         """Return sums and time."""
-        return {"steps": self.steps, "sums": dict(self._sums), "seconds": self._elapsed()}
+        return {"steps": self.steps, "sums": {name: value.clone() for name, value in self._sums.items()}, "seconds": self._elapsed()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""

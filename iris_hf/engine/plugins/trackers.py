@@ -41,7 +41,7 @@ class LogTracker(Plugin):
         self,
         name: str,
         project: str = "iris_hf",
-        every: int = 10,
+        every: int = 50,
         folder: str = "logs",
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -135,7 +135,7 @@ class LogTensorboard(LogTracker):
         every: Steps between writings.
     """
 
-    def __init__(self, folder: str = "logs", every: int = 10) -> None:
+    def __init__(self, folder: str = "logs", every: int = 50) -> None:
         super().__init__("tensorboard", project="", every=every, folder=folder)
 
     def on_train_start(self, state: TrainState) -> None:
