@@ -34,6 +34,7 @@ def test_what_was_trained_predicts_the_same_elsewhere(tmp_path: Path, monkeypatc
     assert any("onnx/model.onnx" in path for path in pulled)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT)
 def test_three_runtimes_are_measured_side_by_side(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="pip install 'iris-hf[onnx]'")
@@ -69,6 +70,7 @@ def test_neighbours_of_photos_are_of_their_class(flowers: str, tmp_path: Path) -
     assert sum(x * x for x in embedded[0]["embedding"]) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT)
 def test_faiss_finds_the_same_neighbours(flowers: str, tmp_path: Path) -> None:
     pytest.importorskip("faiss", reason="pip install faiss-cpu")
