@@ -381,3 +381,39 @@ def test_the_state_of_every_plugin_is_what_a_checkpoint_holds_and_enough(tmp_pat
     (weights, recorder), (again, recorder_again) = runs
     assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
     assert recorder.val_losses == recorder_again.val_losses
+
+
+class Dies(iris_hf.Plugin):
+    """Ends the run at a step as a fault would."""
+
+    def on_step_end(self, state: iris_hf.TrainState) -> None:
+        if state.step == 14:
+            raise RuntimeError("power cut")
+
+
+def test_a_resumed_run_ends_with_the_same_bytes_and_the_same_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def trained(name: str, *more: Any, **kept: Any) -> nn.Module:
+        plugins = ["ema(0.9, 2)", "log_summary", "clip_grad_norm", "amp", "early_stopping(3)", "stop_if_loss_is_nan"]
+        plugins += [f"save_best({str(tmp_path / name)!r})"]
+        settings = {**SETTINGS, "num_epochs": 3, "plugins": [*plugins, *more]}
+        return iris_hf.train(NormNet(), Tensors(), None, Tensors(8), **settings, **kept).model
+
+    def logged() -> list[str]:
+        lines = [record.getMessage().partition(", 8 steps")[0] for record in caplog.records]
+        caplog.clear()
+        return [line for line in lines if line.startswith("epoch ")]
+
+    with caplog.at_level(logging.INFO, logger="iris_hf"):
+        whole, lines = trained("whole"), logged()
+        kept = {"checkpoint_dir": str(tmp_path / "checkpoints"), "checkpoint_steps": 5}
+        with pytest.raises(RuntimeError, match="power cut"):
+            trained("cut", Dies(), **kept)
+        assert logged() == lines[:2]
+        cut = trained("cut", **kept, resume="auto")
+        assert logged() == lines[2:]
+    ours, theirs = cut.state_dict(), whole.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert files[0] == files[1]
