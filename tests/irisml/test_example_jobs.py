@@ -37,8 +37,14 @@ def run_example(name: str, caplog: pytest.LogCaptureFixture, **variables: str) -
 TINY = {"ARCHITECTURE": "test_resnet", "PRETRAINED": "false"}
 
 
-def test_few_shot(photos: str, caplog: pytest.LogCaptureFixture) -> None:
-    label, accuracy = run_example("few_shot", caplog, DATA=photos, SHOTS="4", **TINY)
+def test_few_shot(photos: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    weights = tmp_path / "model.safetensors"
+    save_file(timm.create_model("test_resnet").state_dict(), weights)
+    backbone = {"ARCHITECTURE": "test_resnet", "WEIGHTS": str(weights), "SIZE": "64"}
+    label, accuracy = run_example("few_shot", caplog, DATA=photos, SHOTS="4", **backbone)
     assert label == "LABEL: accuracy"
     assert 0 <= float(accuracy) <= 1
 

@@ -79,7 +79,7 @@ def test_the_originals_tests_pass(source: Path) -> None:
     deselected = [option for name in NOT_OURS for option in ("--deselect", name)]
     options = ("-q", "-rA", "-p", "no:cacheprovider", "--rootdir", str(tests))
     done = run_python("-m", "pytest", *options, *deselected, *files, timeout=900)
-    counts = dict((word, int(n)) for n, word in re.findall(r"(\d+) (passed|failed|error)", done.stdout))
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", done.stdout)}
     assert done.returncode == 0, done.stdout[-6000:]
     assert counts["passed"] >= (42 if needs_onnx else 45), done.stdout[-2000:]
 
