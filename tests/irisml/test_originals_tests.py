@@ -4,6 +4,7 @@ They come from the source distribution on the package index, or from the file th
 import data sets of a module `utils` that the distribution lacks; the two classes below are what they use of it.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from launching import run_python
+from tiny_jobs import tiny_job
 
 VERSION = "0.0.132"
 
@@ -88,3 +90,24 @@ def _is_missing(package: str) -> bool:
     import importlib.util
 
     return importlib.util.find_spec(package) is None
+
+
+def test_a_job_gives_the_same_kind_of_outputs_with_the_original(source: Path, tmp_path: Path) -> None:
+    script = (
+        "import json, sys\n"
+        f"sys.path[:0] = [{str(source)!r}, {str(Path(__file__).parent / 'other_tasks')!r}]\n"
+        "if sys.argv[2] == 'ours':\n    import iris_hf.irisml\n    iris_hf.irisml.install()\n"
+        "from irisml.core import JobRunner\n"
+        "JobRunner(json.loads(open(sys.argv[1]).read())).run()\n"
+        "import irisml.tasks.train\nprint(irisml.tasks.train.Task.VERSION)\n"
+    )
+    accuracies, versions = [], []
+    for kind in ("original", "ours"):
+        notes, file = tmp_path / f"{kind}.txt", tmp_path / f"{kind}.json"
+        file.write_text(json.dumps(tiny_job(notes, num_epochs=10)))
+        done = run_python("-c", script, str(file), kind)
+        assert done.returncode == 0, done.stderr
+        accuracies.append(float(notes.read_text().split()[-1]))
+        versions.append(done.stdout.split()[-1])
+    assert versions[0] == "0.5.0" != versions[1]
+    assert abs(accuracies[0] - accuracies[1]) <= 0.15
