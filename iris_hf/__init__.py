@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from iris_hf.engine.plugins.base import PredictState as PredictState
     from iris_hf.engine.plugins.base import RunState as RunState
     from iris_hf.engine.plugins.base import TrainState as TrainState
+    from iris_hf.engine.plugins.val_metrics import ValMetrics as ValMetrics
     from iris_hf.errors import ConfigError as ConfigError
     from iris_hf.errors import DataError as DataError
     from iris_hf.errors import IrisHFError as IrisHFError
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
     from iris_hf.export.runtime import load_onnx as load_onnx
     from iris_hf.hub.push_dataset import push_dataset_to_hub as push_dataset_to_hub
     from iris_hf.hub.push_model import push_to_hub as push_to_hub
+    from iris_hf.inference.benchmark import BenchmarkResult as BenchmarkResult
     from iris_hf.inference.benchmark import benchmark_model as benchmark_model
+    from iris_hf.inference.benchmark import benchmark_table as benchmark_table
     from iris_hf.inference.predictor import predict as predict
     from iris_hf.metrics.classification import evaluate_accuracy as evaluate_accuracy
     from iris_hf.metrics.classification import (
@@ -80,12 +83,13 @@ _HOMES = {
     "iris_hf.data.storage": ["load_hf_dataset", "save_hf_dataset"],
     "iris_hf.data.subclass": ["get_subclass_dataset"],
     "iris_hf.engine.plugins.base": ["Plugin", "PredictState", "RunState", "TrainState"],
+    "iris_hf.engine.plugins.val_metrics": ["ValMetrics"],
     "iris_hf.errors": ["ConfigError", "DataError", "IrisHFError", "MissingDependencyError"],
     "iris_hf.export.onnx": ["OnnxExport", "export_onnx", "export_onnx_model"],
     "iris_hf.export.runtime": ["load_onnx"],
     "iris_hf.hub.push_dataset": ["push_dataset_to_hub"],
     "iris_hf.hub.push_model": ["push_to_hub"],
-    "iris_hf.inference.benchmark": ["benchmark_model"],
+    "iris_hf.inference.benchmark": ["BenchmarkResult", "benchmark_model", "benchmark_table"],
     "iris_hf.inference.predictor": ["predict"],
     "iris_hf.metrics.classification": ["evaluate_accuracy", "evaluate_multilabel_average_precision"],
     "iris_hf.metrics.detection": ["evaluate_detection_average_precision"],

@@ -55,7 +55,11 @@ class StepMeans:
 
     def state_dict(self) -> dict[str, Any]:
         """Return sums and time."""
-        return {"steps": self.steps, "sums": {name: value.clone() for name, value in self._sums.items()}, "seconds": self._elapsed()}
+        return {
+            "steps": self.steps,
+            "sums": {name: value.clone() for name, value in self._sums.items()},
+            "seconds": self._elapsed(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
