@@ -14,13 +14,18 @@ TIMEOUT = 1500
 """Seconds that an example may take, some times what it takes on an idle machine."""
 
 
-def run_python(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the tests' Python, with the project importable, outside any launcher."""
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of this process, outside any launcher and with the project importable."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), inherited.get("PYTHONPATH", "")])
+    return {**inherited, "PYTHONPATH": path, **changes}
+
+
+def run_python(*arguments: str, timeout: float = 300, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Run the tests' Python in that environment."""
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**inherited, "PYTHONPATH": path, **environment},
+        env=environment(**changes),
         capture_output=True,
         text=True,
         timeout=timeout,

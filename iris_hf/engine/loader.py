@@ -46,6 +46,19 @@ class Failure:
         raise self.error
 
 
+@dataclass(frozen=True)
+class Patched:
+    """A batch in which good examples stand for bad ones.
+
+    Attributes:
+        batch: The batch.
+        skipped: Index of each bad example, and what was wrong with it.
+    """
+
+    batch: Any
+    skipped: dict[int, str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TargetCheck:
     """What the model says about its targets, so that a wrong one is found before it reaches a loss.
@@ -76,6 +89,7 @@ class Examples(Dataset[Any]):
         seed: The run's seed.
         targets_required: Whether an example without a target is an error.
         check: What is checked of the transformed target; nothing when None.
+        skips: Whether the next good example of the dataset stands for one that cannot be made.
     """
 
     def __init__(
@@ -86,12 +100,14 @@ class Examples(Dataset[Any]):
         seed: int,
         targets_required: bool,
         check: TargetCheck | None = None,
+        skips: bool = False,
     ) -> None:
         self.dataset = dataset
         self.transform = as_pair_transform(transform)
         self.seed = seed
         self.targets_required = targets_required
         self.check = check
+        self.skips = skips
         self._epoch: int | None = None
         self._draws = False
 
@@ -116,15 +132,33 @@ class Examples(Dataset[Any]):
         return examples, probe_generators() != _PROBE
 
     def _make(self, keys: Sequence[Key], *, seeded: bool) -> list[tuple[Any, Any]] | Failure:
-        examples = []
+        examples = _Made()
         for epoch, index in keys:
-            try:
-                if seeded:
-                    seed_generators(mix(self.seed, EXAMPLE, epoch, index))
-                examples.append(self._example(epoch, index))
-            except Exception as error:
-                return Failure(failure_of(f"Example {index}", error))
+            example = self._try(epoch, index, seeded=seeded)
+            if isinstance(example, Failure) and self.skips:
+                examples.skipped[index] = str(example.error)
+                example = self._next_good(epoch, index, example, seeded=seeded)
+            if isinstance(example, Failure):
+                return example
+            examples.append(example)
         return examples
+
+    def _try(self, epoch: int, index: int, *, seeded: bool) -> tuple[Any, Any] | Failure:
+        try:
+            if seeded:
+                seed_generators(mix(self.seed, EXAMPLE, epoch, index))
+            return self._example(epoch, index)
+        except Exception as error:
+            return Failure(failure_of(f"Example {index}", error))
+
+    def _next_good(self, epoch: int, index: int, failure: Failure, *, seeded: bool) -> tuple[Any, Any] | Failure:
+        """Return the next example that can be made; the failure where a hundred in a row cannot."""
+        num_examples = len(cast(Sized, self.dataset))
+        for other in range(index + 1, index + min(num_examples, 101)):
+            example = self._try(epoch, other % num_examples, seeded=seeded)
+            if not isinstance(example, Failure):
+                return example
+        return failure
 
     def _example(self, epoch: int, index: int) -> tuple[Any, Any]:
         if epoch != self._epoch:
@@ -147,20 +181,29 @@ class Examples(Dataset[Any]):
         return example
 
 
+class _Made(list[tuple[Any, Any]]):
+    """Examples, and those that others stand for."""
+
+    def __init__(self) -> None:
+        self.skipped: dict[int, str] = {}
+
+
 class Collator:
     """Collates a batch; lets a failure through and turns an error of the collate function into one."""
 
     def __init__(self, collate_function: CollateFunction | None) -> None:
         self.collate_function = collate_function or collate
 
-    def __call__(self, examples: list[tuple[Any, Any]] | Failure) -> tuple[Any, Any] | Failure:
+    def __call__(self, examples: list[tuple[Any, Any]] | Failure) -> tuple[Any, Any] | Patched | Failure:
         """Return the batch."""
         if isinstance(examples, Failure):
             return examples
         try:
-            return self.collate_function(examples)
+            batch = self.collate_function(examples)
         except Exception as error:
             return Failure(failure_of("The collate function", error))
+        skipped = examples.skipped if isinstance(examples, _Made) else {}
+        return Patched(batch, skipped) if skipped else batch
 
 
 class EpochBatches(Sampler[list[Key]]):

@@ -215,7 +215,10 @@ class CheckpointWriter:
         self.accelerator = accelerator
         self.last_step: int | None = None
         if accelerator.is_main_process:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"checkpoint_dir={str(directory)!r} cannot be made: {error}") from error
             for leftover in self.directory.glob(f"{_PARTIAL}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             for folder in later:  # damaged, or of a future that this run does not have
@@ -240,7 +243,13 @@ class CheckpointWriter:
             parameters: As in :class:`Checkpoint`; used on the main process.
             optimizer: Likewise.
             of_rank: This process's.
+
+        Raises:
+            ConfigError: If a plugin's state cannot be stored.
+            DataError: On every process, if one of them cannot write: the disk is full, say.
         """
+        from safetensors import SafetensorError
+
         name = _NAME.format(step=progress.step)
         partial = self.directory / f"{_PARTIAL}{name}"
         is_main = self.accelerator.is_main_process
@@ -248,17 +257,28 @@ class CheckpointWriter:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
         self.accelerator.wait_for_everyone()
-        own = {_rank_file(self.accelerator.process_index): of_rank}
+        own: dict[str, Any] = {_rank_file(self.accelerator.process_index): of_rank}
         if is_main:
             own.update({"model.safetensors": parameters, "optimizer.safetensors": optimizer})
-        checksums = {}
-        for file, state in own.items():
-            write_state(state, partial / file)
-            _flush(partial / file)
-            checksums[file] = _checksum(partial / file)
+        checksums: dict[str, dict[str, int]] = {}
+        failure = None
+        try:
+            for file, state in own.items():
+                write_state(state, partial / file)
+                _flush(partial / file)
+                checksums[file] = _checksum(partial / file)
+        except (OSError, SafetensorError) as error:
+            failure = str(error)
         from accelerate.utils import gather_object
 
-        everyone = gather_object([checksums])
+        everyone, failures = zip(*gather_object([(checksums, failure)]), strict=True)
+        if any(failures):
+            if is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise DataError(
+                f"The checkpoint of step {progress.step} cannot be written to {str(self.directory)!r}: "
+                f"{next(filter(None, failures))}. Earlier ones are as they were. Make room, and resume."
+            )
         if is_main:
             info = {
                 "format": _FORMAT,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from iris_hf.engine.accelerator import Device
 from iris_hf.engine.plugins import Plugin
-from iris_hf.errors import ConfigError
+from iris_hf.errors import ConfigError, unknown_name
 from iris_hf.training.optimizers import OPTIMIZERS
 from iris_hf.training.schedulers import LrSchedulerConfig
 
@@ -61,6 +61,7 @@ class TrainConfig:
     checkpoint_epochs: int | None
     keep_checkpoints: int
     resume: str | Path | None
+    on_bad_example: Literal["raise", "skip"]
 
     def __post_init__(self) -> None:
         for name in (
@@ -95,6 +96,8 @@ class TrainConfig:
                     raise ConfigError(f"{name}={getattr(self, name)} needs a checkpoint_dir to write to.")
             if self.resume == "auto":
                 raise ConfigError("resume='auto' looks into checkpoint_dir: give one, or the folder of a checkpoint.")
+        if self.on_bad_example not in ("raise", "skip"):
+            raise unknown_name("on_bad_example", self.on_bad_example, ("raise", "skip"))
         OPTIMIZERS.check(self.optimizer, momentum=self.momentum, nesterov=self.nesterov)
         scheduler = LrSchedulerConfig.of(self.lr_scheduler)
         if scheduler.name == "cosine_annealing" and scheduler.min_lr > self.base_lr:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from iris_hf.engine.loader import EpochBatches, Failure, OrderedBatches
+from iris_hf.engine.loader import EpochBatches, Failure, OrderedBatches, Patched
 from iris_hf.engine.plugins import Plugin, PluginList, TrainState
 from iris_hf.engine.rng import STEP, VALIDATION, mix, seed_generators
 from iris_hf.errors import ConfigError, noted
@@ -41,6 +41,7 @@ class TrainingRun:
         val_loader: Yields this rank's validation batches; None without validation.
         val_batches: Their keys.
         writer: Writes checkpoints; None for a run that keeps none.
+        skipped: Train examples that could not be made on this rank, and why.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class TrainingRun:
         self.val_batches: OrderedBatches | None = None
         self.writer: CheckpointWriter | None = None
         self.termination = TerminationFlag(accelerator)
+        self.skipped: dict[int, str] = {}
         self._plugin_states: dict[str, Any] = {}
 
         module.to(accelerator.device)
@@ -130,7 +132,22 @@ class TrainingRun:
                     self.checkpoint(is_validated=is_validated)
                 self.leave_if_terminated()
         self.restore_plugins()
+        self.report_skipped()
         self.plugins.notify("on_train_end", state)
+
+    def report_skipped(self) -> None:
+        """Say which examples of the train set were skipped on any rank."""
+        if self.config.on_bad_example == "raise":
+            return
+        from accelerate.utils import gather_object
+
+        skipped = {index: why for rank in gather_object([self.skipped]) for index, why in rank.items()}
+        if skipped and self.accelerator.is_main_process:
+            indices = sorted(skipped)
+            logger.warning(
+                "%d bad examples of the train set were skipped, and others took their places: %s. The first: %s",
+                *(len(indices), ", ".join(map(str, indices)), skipped[indices[0]]),
+            )
 
     def is_over(self) -> bool:
         """Whether no step is left: all epochs are done, or a plugin has asked for a stop."""
@@ -287,6 +304,9 @@ class TrainingRun:
         batch = next(batches)
         if isinstance(batch, Failure):
             batch.reraise()
+        if isinstance(batch, Patched):
+            self.skipped.update(batch.skipped)
+            batch = batch.batch
         return self.pass_.place(batch)
 
     def noted(self) -> AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,7 @@ def train(
     checkpoint_epochs: int | None = None,
     keep_checkpoints: int = 2,
     resume: str | Path | None = None,
+    on_bad_example: Literal["raise", "skip"] = "raise",
 ) -> TrainResult:
     """Train a copy of a model on Accelerate.
 
@@ -147,6 +148,9 @@ def train(
             folder of a checkpoint: go on from that. The run then ends with the same bytes as one that never
             stopped, on as many processes; on another number, with as many examples per step, it takes the same
             steps up to rounding.
+        on_bad_example: What happens when a train example cannot be read, transformed or checked. `raise`: an error
+            that names it. `skip`: the next good example takes its place, so that batches keep their size on every
+            process; a warning at the end counts and names those skipped.
 
     Returns:
         The trained model and the elapsed time in seconds.
@@ -292,16 +296,16 @@ def fit(
             module = wrap(plugins.transform("transform_model", copy.deepcopy(model)))
             check = TargetCheck.of(model)
 
-            def loader(dataset: Dataset[Any], transform: Transform | None, batches: Any) -> Any:
+            def loader(dataset: Dataset[Any], transform: Transform | None, batches: Any, *, skips: bool = False) -> Any:
                 return make_loader(
-                    Examples(dataset, transform, seed=seed, targets_required=True, check=check),
+                    Examples(dataset, transform, seed=seed, targets_required=True, check=check, skips=skips),
                     batches,
                     collate_function=collate_function,
                     num_workers=config.num_dataloader_workers,
                     pin_memory=accelerator.device.type == "cuda",
                 )
 
-            train_loader = loader(train_dataset, train_transform, batches)
+            train_loader = loader(train_dataset, train_transform, batches, skips=config.on_bad_example == "skip")
             run = TrainingRun(
                 config,
                 accelerator=accelerator,

@@ -1,12 +1,18 @@
 """Killed and resumed is the same as never stopped, to the byte; damaged checkpoints are passed over."""
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import run_python, torchrun
+from launching import environment, run_python, torchrun
 from tiny import train_tiny
 
 import iris_hf
@@ -171,3 +177,59 @@ def test_states_come_back_as_they_were(tmp_path: Path) -> None:
     assert all(torch.equal(back[7][name], value) for name, value in state[7].items())
     with pytest.raises(iris_hf.ConfigError, match=r"state\['x'\]\[0\] is a set"):
         write_state({"x": [{1}]}, tmp_path / "t")
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys, tiny, iris_hf\n"
+        "class Fill(iris_hf.Plugin):\n"
+        "    def on_epoch_start(self, state):\n"
+        "        if state.epoch == 1:\n"
+        "            resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
+        "tiny.train_tiny(checkpoint_dir=sys.argv[1], plugins=[Fill()])\n"
+    )
+    done = run_python("-c", code, str(tmp_path))
+    assert done.returncode == 1
+    assert "The checkpoint of step 16 cannot be written to" in done.stderr
+    assert "Earlier ones are as they were" in done.stderr
+    assert steps_of(tmp_path) == [8]
+    assert open_checkpoint(tmp_path / "step-00000008").progress.step == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]
+
+
+def test_a_checkpoint_dir_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(iris_hf.ConfigError, match=r"checkpoint_dir=.*file/c' cannot be made"):
+        train_tiny(checkpoint_dir=tmp_path / "file" / "c")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
+    arguments = {
+        "random_seed": 0,
+        "checkpoint_steps": 1,
+        "num_dataloader_workers": 2,
+        "num_epochs": 40,
+        "accumulate_grad_batches": 2,
+        "plugins": ["ema(0.9, 3)"],
+    }
+    killed = {**arguments, "checkpoint_dir": str(tmp_path / "killed"), "resume": "auto"}
+    random_moment = random.Random(0)
+    steps = []
+    for _ in range(10):
+        command = [sys.executable, SCRIPT, str(tmp_path / "out"), json.dumps(killed)]
+        process = subprocess.Popen(command, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL)
+        while not list((tmp_path / "killed").glob(".partial-*")) and process.poll() is None:
+            time.sleep(0.001)  # until it runs
+        time.sleep(random_moment.uniform(0, 1.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        newest = open_checkpoint(sorted((tmp_path / "killed").glob("step-*"))[-1])  # each can be loaded
+        steps.append(newest.progress.step)
+    assert steps == sorted(steps)
+    assert steps[0] < steps[-1]
+    assert run(tmp_path / "out", killed) == 0
+    assert run(tmp_path / "never", {**arguments, "checkpoint_dir": str(tmp_path / "whole")}) == 0
+    assert_equal(torch.load(tmp_path / "out"), torch.load(tmp_path / "never"))
+    assert not list((tmp_path / "killed").glob(".*"))
