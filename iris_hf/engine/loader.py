@@ -6,6 +6,7 @@ loader workers keep no state, an epoch can start anywhere, and every world size 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -330,7 +331,13 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_outlive_sigterm,
     )
+
+
+def _outlive_sigterm(_: int) -> None:
+    """Leave it to the loop when to end: launchers send SIGTERM to a process and all that it has started."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager
@@ -346,6 +353,9 @@ def closing_workers(loader: DataLoader[Any] | None) -> Iterator[None]:
         iterator: Any = getattr(loader, "_iterator", None)
         if iterator is not None:
             iterator._shutdown_workers()
+            for worker in getattr(iterator, "_workers", ()):
+                if worker.is_alive():
+                    worker.kill()
 
 
 def to_device(data: Any, device: torch.device) -> Any:

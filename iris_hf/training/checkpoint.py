@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,6 +60,11 @@ class RunFacts:
         num_epochs: Epochs asked for, which the learning-rate curve depends on.
         steps_per_epoch: Optimizer steps in an epoch.
         optimizer: Its name.
+        base_lr: The base learning rate.
+        lr_scheduler: The configuration of the curve, as JSON.
+        weight_decay: The weight decay.
+        momentum: The momentum.
+        nesterov: Whether it is Nesterov's.
     """
 
     random_seed: int
@@ -67,6 +73,11 @@ class RunFacts:
     num_epochs: int
     steps_per_epoch: int
     optimizer: str
+    base_lr: float
+    lr_scheduler: str
+    weight_decay: float
+    momentum: float
+    nesterov: bool
 
 
 @dataclass(frozen=True)
@@ -214,19 +225,33 @@ class CheckpointWriter:
         self.facts = facts
         self.accelerator = accelerator
         self.last_step: int | None = None
-        if accelerator.is_main_process:
-            try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"checkpoint_dir={str(directory)!r} cannot be made: {error}") from error
-            for leftover in self.directory.glob(f"{_PARTIAL}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            for folder in later:  # damaged, or of a future that this run does not have
-                aside = folder.with_name(f"{_ASIDE}{folder.name}")
-                logger.warning("Going on from step %d: %s is put aside as %s.", step, folder, aside.name)
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
-        accelerator.wait_for_everyone()
+        self._on_main(lambda: self._prepare(later, step), f"checkpoint_dir={str(directory)!r} cannot be used")
+
+    def _prepare(self, later: Sequence[Path], step: int) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for folder in later:  # damaged, or of a future that this run does not have
+            aside = folder.with_name(f"{_ASIDE}{folder.name}")
+            logger.warning("Going on from step %d: %s is put aside as %s.", step, folder, aside.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
+    def _on_main(self, action: Callable[[], None], what: str) -> None:
+        """Do something on the main process while the others wait.
+
+        Raises:
+            DataError: On every process, if the file system does not allow it.
+        """
+        failure = _attempt(action) if self.accelerator.is_main_process else None
+        self._agree(failure, what)
+
+    def _agree(self, failure: str | None, what: str) -> None:
+        from accelerate.utils import gather_object
+
+        failures = [text for text in gather_object([failure]) if text is not None]
+        if failures:
+            raise DataError(f"{what}: {failures[0]}")
 
     def write(
         self,
@@ -245,57 +270,60 @@ class CheckpointWriter:
             of_rank: This process's.
 
         Raises:
-            ConfigError: If a plugin's state cannot be stored.
-            DataError: On every process, if one of them cannot write: the disk is full, say.
+            DataError: On every process, if one of them cannot write: the disk is full, or a plugin's state is of a kind
+                that cannot be stored.
         """
-        from safetensors import SafetensorError
+        partial = self.directory / f"{_PARTIAL}{_NAME.format(step=progress.step)}"
+        what = (
+            f"The checkpoint of step {progress.step} cannot be written to {str(self.directory)!r}. Earlier ones are as "
+            "they were: make room, and resume"
+        )
 
-        name = _NAME.format(step=progress.step)
-        partial = self.directory / f"{_PARTIAL}{name}"
-        is_main = self.accelerator.is_main_process
-        if is_main:
+        def begin() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-        self.accelerator.wait_for_everyone()
+
+        self._on_main(begin, what)
         own: dict[str, Any] = {_rank_file(self.accelerator.process_index): of_rank}
-        if is_main:
+        if self.accelerator.is_main_process:
             own.update({"model.safetensors": parameters, "optimizer.safetensors": optimizer})
         checksums: dict[str, dict[str, int]] = {}
-        failure = None
-        try:
+
+        def write_own() -> None:
             for file, state in own.items():
                 write_state(state, partial / file)
                 _flush(partial / file)
                 checksums[file] = _checksum(partial / file)
-        except (OSError, SafetensorError) as error:
-            failure = str(error)
+
+        failure = _attempt(write_own)
         from accelerate.utils import gather_object
 
-        everyone, failures = zip(*gather_object([(checksums, failure)]), strict=True)
-        if any(failures):
-            if is_main:
+        everyone = gather_object([checksums])
+        try:
+            self._agree(failure, what)
+            self._on_main(lambda: self._complete(partial, progress, everyone), what)
+        except DataError:
+            if self.accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise DataError(
-                f"The checkpoint of step {progress.step} cannot be written to {str(self.directory)!r}: "
-                f"{next(filter(None, failures))}. Earlier ones are as they were. Make room, and resume."
-            )
-        if is_main:
-            info = {
-                "format": _FORMAT,
-                "facts": asdict(self.facts),
-                "progress": asdict(progress),
-                "files": {name: value for files in everyone for name, value in files.items()},
-            }
-            (partial / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-            _flush(partial / _INFO)
-            _flush(partial)
-            final = self.directory / name
-            shutil.rmtree(final, ignore_errors=True)  # of a run that started afresh here
-            partial.rename(final)
-            _flush(self.directory)
-            self._remove_old()
-        self.accelerator.wait_for_everyone()
+            raise
         self.last_step = progress.step
+
+    def _complete(self, partial: Path, progress: Progress, checksums: Sequence[Mapping[str, Any]]) -> None:
+        """Describe the files that all processes have written, and give the folder its name."""
+        info = {
+            "format": _FORMAT,
+            "facts": asdict(self.facts),
+            "progress": asdict(progress),
+            "files": {file: checksum for of_rank in checksums for file, checksum in of_rank.items()},
+        }
+        (partial / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        _flush(partial / _INFO)
+        _flush(partial)
+        final = self.directory / _NAME.format(step=progress.step)
+        shutil.rmtree(final, ignore_errors=True)  # of this step, from before a resume
+        partial.rename(final)
+        _flush(self.directory)
+        self._remove_old()
 
     def _remove_old(self) -> None:
         folders = _list(self.directory)
@@ -306,7 +334,7 @@ class CheckpointWriter:
                 progress = json.loads((folder / _INFO).read_text(encoding="utf-8"))["progress"]
             except (OSError, ValueError, KeyError):
                 continue  # a damaged one is passed over on resuming, too
-            if progress["is_validated"]:
+            if progress["is_validated"] and not math.isnan(progress["val_loss"]):
                 losses[folder] = progress["val_loss"]
         if losses:
             kept.add(min(losses, key=losses.__getitem__))
@@ -352,6 +380,17 @@ class TerminationFlag:
 def _list(directory: Path) -> list[Path]:
     """The folders of checkpoints, oldest first."""
     return sorted(folder for folder in directory.glob("step-*") if folder.is_dir())
+
+
+def _attempt(action: Callable[[], None]) -> str | None:
+    """Do something; return what went wrong, if anything did."""
+    from safetensors import SafetensorError
+
+    try:
+        action()
+    except (OSError, SafetensorError, ConfigError) as error:
+        return str(error)
+    return None
 
 
 def _rank_file(rank: int) -> str:

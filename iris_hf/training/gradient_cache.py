@@ -8,7 +8,7 @@ every sub-batch is computed again, with the same random numbers, and its derivat
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+
+_ROOM_FOR_FROZEN = 64
+"""How many times the bytes of a sub-batch's features the outputs of a frozen part may take to be kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +109,7 @@ class CachedPass:
             ConfigError: If the model's forward returns nothing that can be cached.
             DataError: If the inputs of a batch differ in length, or the loss is NaN or infinite.
         """
-        parts = split(inputs, self.config.sub_batch_size)
+        parts = split(inputs, self.config.sub_batch_size, num_examples=_count(targets))
         # Under DDP the last sub-batch goes forward and backward with nothing in between: it is never a kept one.
         limit = len(parts) - (self.accelerator.num_processes > 1)
         cache = [self._first_pass(part, position=k, limit=limit) for k, part in enumerate(parts)]
@@ -133,13 +136,20 @@ class CachedPass:
     def loss(self, inputs: Any, targets: Any) -> Tensor:
         """See :class:`iris_hf.training.passes.Pass`; the features are computed in sub-batches here too."""
         results = []
-        for part in split(inputs, self.config.sub_batch_size):
+        for part in split(inputs, self.config.sub_batch_size, num_examples=_count(targets)):
             with self.accelerator.autocast(), self.plugins.forward_context():
                 results.append(self.module(to_device(part, self.accelerator.device)))
         tensors = [_joined(column) for column in zip(*map(feature_tensors, results), strict=True)]
         with self.accelerator.autocast():
             loss: Tensor = self.module.measure(like_features(results[0], tensors), targets)["loss"]
         return loss
+
+    def parts(self, inputs: Any, targets: Any) -> Iterable[tuple[Any, Any]]:
+        """See :class:`iris_hf.training.passes.Pass`."""
+        size = self.config.sub_batch_size
+        divided = split(inputs, size, num_examples=_count(targets))
+        per_part = [_slice(targets, slice(start, start + size)) for start in range(0, len(divided) * size, size)]
+        return zip(divided, per_part, strict=True)
 
     def _first_pass(self, part: Any, *, position: int, limit: int) -> _Cached:
         """Compute the features of a sub-batch, as a rule without a graph."""
@@ -174,7 +184,8 @@ class CachedPass:
         self._measured = True
         if not any(tensor.requires_grad for tensor in tensors):
             raise ConfigError("No feature depends on a trainable parameter: there is nothing to train.")
-        self.frozen = [module for module, outputs in calls.items() if outputs and not any(map(_requires_grad, outputs))]
+        room = _ROOM_FOR_FROZEN * sum(tensor.nbytes for tensor in tensors)
+        self.frozen = [module for module, outputs in calls.items() if can_be_replayed(outputs, room=room)]
         if self.compiled:
             if self.num_kept_graphs is None:
                 logger.warning("The graph of a compiled model cannot be measured: none is kept.")
@@ -248,8 +259,16 @@ class CachedPass:
             propagate(self.accelerator, surrogate, divisor)
 
 
-_Calls = dict[nn.Module, list[tuple[Any, GeneratorState]]]
-"""What modules returned, call by call, and where the generators stood after each."""
+class _Call(NamedTuple):
+    """What a module returned, the versions of its tensors, and where the generators stood then."""
+
+    output: Any
+    versions: list[int] | None
+    state: GeneratorState
+
+
+_Calls = dict[nn.Module, list[_Call]]
+"""What modules returned, call by call."""
 
 
 @dataclass
@@ -309,13 +328,14 @@ def _refuse(loss: Tensor, cache: list[_Cached]) -> None:
     )
 
 
-def split(inputs: Any, size: int) -> list[Any]:
+def split(inputs: Any, size: int, *, num_examples: int | None = None) -> list[Any]:
     """Divide a batch of inputs into sub-batches.
 
     Args:
         inputs: A tensor with a leading batch axis, a list with an item per example (images of different sizes, texts),
             or tuples and dicts of these. Scalars and anything else go into every part as they are.
         size: Examples of a part; the last has what is left.
+        num_examples: How many there have to be; None where nobody knows.
 
     Returns:
         The parts; none for a batch of no examples.
@@ -330,7 +350,18 @@ def split(inputs: Any, size: int) -> list[Any]:
             f"A gradient cache divides tensors [N, ...] and lists of N, alone or in tuples and dicts; got {found}. "
             "Give every part of the inputs one entry per example, by a collate_function."
         )
+    if num_examples not in (None, lengths[0]):
+        raise DataError(
+            f"There are {lengths[0]} inputs for {num_examples} targets. A list has an item per example; give the "
+            "parts of an input, such as images and texts, as a tuple or a dict."
+        )
     return [_slice(inputs, slice(start, start + size)) for start in range(0, lengths[0], size)]
+
+
+def _count(targets: Any) -> int | None:
+    """Return how many targets there are; None where that cannot be told."""
+    is_batch = isinstance(targets, list) or (isinstance(targets, Tensor) and targets.dim() > 0)
+    return len(targets) if is_batch else None
 
 
 def _lengths(inputs: Any) -> Iterator[int]:
@@ -393,15 +424,18 @@ def _gather(targets: Any, group: Group) -> Any:
 
 
 def frozen_parts(module: nn.Module) -> list[nn.Module]:
-    """List the largest submodules that have parameters, none of them trainable."""
-    found = []
+    """List the largest submodules that have parameters, none of them trainable; none is a part of another."""
+    found = list(dict.fromkeys(_frozen_children(module)))
+    return [part for part in found if not any(part is not other and part in other.modules() for other in found)]
+
+
+def _frozen_children(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         parameters = list(child.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
-            found.append(child)
+            yield child
         else:
-            found += frozen_parts(child)
-    return found
+            yield from _frozen_children(child)
 
 
 @contextmanager
@@ -410,7 +444,9 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[_Calls]:
     calls: _Calls = {module: [] for module in modules}
 
     def note(module: nn.Module, _: Any, output: Any) -> None:
-        calls[module].append((output, GeneratorState.capture(_device_of(module))))
+        tensors = _tensors_of(output)
+        versions = None if tensors is None else [tensor._version for tensor in tensors]
+        calls[module].append(_Call(output, versions, GeneratorState.capture(_device_of(module))))
 
     handles = [module.register_forward_hook(note) for module in modules]
     try:
@@ -420,15 +456,50 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[_Calls]:
             handle.remove()
 
 
+def can_be_replayed(outputs: Sequence[_Call], *, room: int) -> bool:
+    """Whether what a frozen part returned may stand for computing it again.
+
+    It may not if it depends on something trainable, is of a kind that nobody can look into, was changed in place
+    afterwards, or takes more than `room` bytes: that is no feature but an activation inside a tower, and keeping those
+    of a whole batch is what a gradient cache is there to avoid.
+    """
+    num_bytes = 0
+    for call in outputs:
+        tensors = _tensors_of(call.output)
+        if tensors is None or any(tensor.requires_grad for tensor in tensors):
+            return False
+        if [tensor._version for tensor in tensors] != call.versions:
+            return False
+        num_bytes += sum(tensor.nbytes for tensor in tensors)
+    return bool(outputs) and num_bytes <= room
+
+
+def _tensors_of(output: Any) -> list[Tensor] | None:
+    """List the tensors in nested lists, tuples and dicts; None where something else may hold some."""
+    if isinstance(output, Tensor):
+        return [output]
+    if output is None or isinstance(output, (bool, int, float, str)):
+        return []
+    if not isinstance(output, (Mapping, list, tuple)):
+        return None
+    found: list[Tensor] = []
+    for value in output.values() if isinstance(output, Mapping) else output:
+        tensors = _tensors_of(value)
+        if tensors is None:
+            return None
+        found += tensors
+    return found
+
+
 @contextmanager
 def replayed(calls: _Calls) -> Iterator[None]:
     """Have modules return what was noted, in place of computing it, and set the generators where they stood then."""
 
-    def replay(outputs: Iterator[tuple[Any, GeneratorState]]) -> Any:
+    def replay(outputs: Iterator[_Call]) -> Any:
         def forward(*_: Any, **__: Any) -> Any:
-            output, state = next(outputs)
-            state.restore()
-            return output
+            call = next(outputs)
+            call.state.restore()
+            return call.output
 
         return forward
 
@@ -472,14 +543,6 @@ def saved_bytes(module: nn.Module) -> Iterator[dict[int, int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield found
-
-
-def _requires_grad(call: tuple[Any, GeneratorState]) -> bool:
-    output = call[0]
-    if isinstance(output, Tensor):
-        return output.requires_grad
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
-    return any(_requires_grad((value, call[1])) for value in values)
 
 
 def _device_of(module: nn.Module) -> torch.device:

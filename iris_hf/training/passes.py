@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,6 +42,10 @@ class Pass(Protocol):
         """Compute the loss of this rank's batch without gradients and without the other ranks."""
         ...
 
+    def parts(self, inputs: Any, targets: Any) -> Iterable[tuple[Any, Any]]:
+        """Divide a batch into what may be computed at once."""
+        ...
+
 
 class PlainPass:
     """One forward and one backward pass over the whole micro-batch.
@@ -75,6 +80,10 @@ class PlainPass:
         with self.accelerator.autocast(), self.plugins.forward_context():
             loss: Tensor = self.module(inputs, targets)["loss"]
         return loss
+
+    def parts(self, inputs: Any, targets: Any) -> Iterable[tuple[Any, Any]]:
+        """Return the whole batch: plain training computes it at once."""
+        return [(inputs, targets)]
 
 
 def synchronised(accelerator: Accelerator, model: nn.Module, synchronise: bool) -> AbstractContextManager[Any]:

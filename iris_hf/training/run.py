@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -187,6 +189,11 @@ class TrainingRun:
             num_epochs=self.state.num_epochs,
             steps_per_epoch=self.state.steps_per_epoch,
             optimizer=self.config.optimizer,
+            base_lr=self.config.base_lr,
+            lr_scheduler=json.dumps(asdict(self.schedule.config), default=str),
+            weight_decay=self.config.weight_decay,
+            momentum=self.config.momentum,
+            nesterov=self.config.nesterov,
         )
 
     def checkpoint(self, *, is_validated: bool) -> None:
@@ -208,6 +215,7 @@ class TrainingRun:
                 "buffers": dict(self.module.named_buffers()),
                 "plugins": {name: saved for name, plugin in self.named_plugins() if (saved := plugin.state_dict())},
                 "val_metrics": dict(state.val_metrics),
+                "skipped": dict(self.skipped),
             },
         )
 
@@ -227,10 +235,7 @@ class TrainingRun:
         buffers = own["buffers"]
         if checkpoint.world_size != self.accelerator.num_processes:
             of_all = [checkpoint.of_rank(rank)["buffers"] for rank in range(checkpoint.world_size)]
-            buffers = {
-                name: torch.stack([of_rank[name] for of_rank in of_all]).mean(0) if value.is_floating_point() else value
-                for name, value in of_all[0].items()
-            }
+            buffers = {name: _mean_unless_equal([of_rank[name] for of_rank in of_all]) for name in of_all[0]}
         copy_into(dict(self.module.named_buffers()), buffers, "buffers")
         unknown = own["plugins"].keys() - dict(self.named_plugins()).keys()
         if unknown:
@@ -239,6 +244,8 @@ class TrainingRun:
                 "same plugins again."
             )
         self._plugin_states = own["plugins"]
+        for rank in range(checkpoint.world_size):
+            self.skipped.update(checkpoint.of_rank(rank)["skipped"])
         progress = checkpoint.progress
         self.state.epoch, self.state.step = progress.epoch, progress.step
         self.state.val_loss, self.state.val_metrics = progress.val_loss, own["val_metrics"]
@@ -333,8 +340,10 @@ class TrainingRun:
             seed_generators(mix(self.seed, VALIDATION, state.epoch, batch.start), accelerator.device)
             with self.noted():
                 loss_sum += self.pass_.loss(inputs, targets).float() * len(batch)
-                for watch in self.plugins.hooks("on_validation_batch"):
-                    watch(state, (inputs, targets))
+                if watching := self.plugins.hooks("on_validation_batch"):
+                    for part in self.pass_.parts(inputs, targets):
+                        for watch in watching:
+                            watch(state, part)
             count += len(batch)
         losses, counts = zip(*gather_object([(loss_sum.item(), count)]), strict=True)
         state.val_loss = sum(losses) / sum(counts)
@@ -348,11 +357,25 @@ class TrainingRun:
         return self.module.to("cpu").model.train()
 
     def synchronise_buffers(self) -> None:
-        """Make buffers equal on all ranks: the mean (BatchNorm's statistics), or rank 0's where they are integers."""
+        """Make buffers equal on all ranks: the mean (BatchNorm's statistics), or rank 0's where they are integers.
+
+        Those that agree stay as they are to the bit: means and standard deviations of images, for one.
+        """
         if self.accelerator.num_processes == 1:
             return
         for buffer in self.module.buffers():
             if buffer.is_floating_point():
-                torch.distributed.all_reduce(buffer.div_(self.accelerator.num_processes))
+                low, high = buffer.clone(), buffer.clone()
+                torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
+                torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
+                if not torch.equal(low, high):
+                    torch.distributed.all_reduce(buffer.div_(self.accelerator.num_processes))
             else:
                 torch.distributed.broadcast(buffer, src=0)
+
+
+def _mean_unless_equal(values: list[torch.Tensor]) -> torch.Tensor:
+    first = values[0]
+    if not first.is_floating_point() or all(torch.equal(value, first) for value in values):
+        return first
+    return torch.stack(values).mean(0)

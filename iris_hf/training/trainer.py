@@ -346,7 +346,9 @@ def _accelerator_options(config: TrainConfig, plugins: PluginList) -> dict[str, 
     from accelerate import DistributedDataParallelKwargs
 
     ddp = DistributedDataParallelKwargs(
-        find_unused_parameters=config.ddp_find_unused_parameters, gradient_as_bucket_view=True
+        broadcast_buffers=False,  # every rank's BatchNorm statistics count; run.py averages them
+        find_unused_parameters=config.ddp_find_unused_parameters,
+        gradient_as_bucket_view=True,
     )
     return {"kwargs_handlers": [ddp], **plugins.accelerator_options()}
 

@@ -176,6 +176,61 @@ def test_a_frozen_part_behind_a_trainable_one_still_passes_gradients_on() -> Non
     assert_equal(cached_gradients(model, inputs, targets, 4), full_batch_gradients(model, inputs, targets), **EXACT)
 
 
+def frozen_model(kind: str) -> nn.Module:
+    """Models whose frozen parts are not just towers of their own."""
+    torch.manual_seed(0)
+    model = TwoTowers()
+    if kind == "changed in place":
+        model.image_model = nn.Sequential(nn.Linear(6, 8).requires_grad_(False), nn.SiLU(inplace=True), nn.Linear(8, 8))
+    elif kind == "shared":
+        shared = nn.Linear(8, 8).requires_grad_(False)
+        model.image_model = nn.Sequential(nn.Linear(6, 8).requires_grad_(False), shared, nn.Linear(8, 8))
+        model.text_model = nn.Sequential(nn.Linear(4, 8).requires_grad_(False), shared, nn.Linear(8, 8))
+    elif kind == "called inside and outside another":
+
+        class Outside(TwoTowers):
+            def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+                image, text = inputs
+                return super().forward((image, self.inner(text)))
+
+        model = Outside()
+        model.inner = nn.Linear(4, 4).requires_grad_(False)
+        model.text_model = nn.Sequential(nn.Sequential(model.inner, nn.Tanh()), nn.Linear(4, 8))
+    return model.double()
+
+
+@pytest.mark.parametrize("kind", ["changed in place", "shared", "called inside and outside another"])
+def test_frozen_parts_of_every_kind_leave_gradients_exact(kind: str) -> None:
+    model, (inputs, targets) = frozen_model(kind), Pairs().batch()
+    wanted = full_batch_gradients(model, inputs, targets)
+    model_of_two_steps = copy.deepcopy(model)
+    cache = make_pass(model_of_two_steps, 4)
+    for _ in range(2):  # the first step learns what the second uses
+        model_of_two_steps.zero_grad()
+        result = cache.backward(inputs, targets, divisor=1, synchronise=True)
+        got = {n: p.grad for n, p in model_of_two_steps.named_parameters() if p.grad is not None}
+        assert_equal((result["loss"], got), wanted, **EXACT)
+
+
+def test_activations_of_frozen_layers_inside_a_tower_are_not_kept() -> None:
+    wide = nn.Linear(6, 8 * 1000, dtype=torch.float64).requires_grad_(False)
+    model = TwoTowers()
+    model.image_model = nn.Sequential(
+        wide, nn.Unflatten(1, (8, 1000)), nn.AvgPool1d(1000), nn.Flatten(), nn.Linear(8, 8)
+    )
+    model.double()
+    cache = make_pass(model, 4)
+    inputs, targets = Pairs().batch()
+    cache.backward(inputs, targets, divisor=1, synchronise=True)
+    assert cache.frozen == []
+
+
+def test_parts_of_an_input_in_a_list_are_an_error() -> None:
+    (images, texts), targets = Pairs().batch()
+    with pytest.raises(iris_hf.DataError, match=r"2 inputs for 13 targets. .*as a tuple or a dict"):
+        make_pass(TwoTowers(), 4).backward([images, texts], targets, divisor=1, synchronise=True)
+
+
 class Lists(nn.Module):
     """Takes dicts, and lists of images of different sizes; returns one feature tensor."""
 

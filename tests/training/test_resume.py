@@ -104,6 +104,23 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_its_own_code(num_processes: i
         assert_equal(torch.load(tmp_path / "out"), torch.load(tmp_path / "never"))
 
 
+def test_sigterm_to_a_whole_process_group_writes_a_checkpoint(tmp_path: Path) -> None:
+    arguments = {
+        "random_seed": 0,
+        "checkpoint_dir": str(tmp_path / "c"),
+        "num_dataloader_workers": 2,
+        "num_epochs": 500,
+    }
+    command = [sys.executable, SCRIPT, str(tmp_path / "out"), json.dumps({**arguments, "checkpoint_epochs": 1})]
+    process = subprocess.Popen(command, env=environment(), start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "c").glob("step-*")) and process.poll() is None:
+        time.sleep(0.05)  # until it runs
+    os.killpg(process.pid, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == PREEMPTED, stderr
+    assert "SIGTERM: the checkpoint of step" in stderr
+
+
 def steps_of(folder: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in sorted(folder.glob("step-*"))]
 
@@ -154,6 +171,9 @@ def test_wrong_configurations_say_what_is_wrong(tmp_path: Path) -> None:
         ({"resume": checkpoint, "num_epochs": 1, "random_seed": 5}, "random_seed was 0, now 5"),
         ({"resume": checkpoint, "num_epochs": 1, "batch_size": 4}, "examples_per_step was 8, now 4"),
         ({"resume": checkpoint, "num_epochs": 1, "optimizer": "adam"}, "optimizer was 'sgd', now 'adam'"),
+        ({"resume": checkpoint, "num_epochs": 1, "weight_decay": 0.5}, "weight_decay was 0, now 0.5"),
+        ({"resume": checkpoint, "num_epochs": 1, "base_lr": 1.0}, r"base_lr was 0\.1, now 1\.0"),
+        ({"resume": checkpoint, "num_epochs": 1, "lr_scheduler": {"name": "linear"}}, "lr_scheduler was"),
         ({"resume": "auto"}, "resume='auto' looks into checkpoint_dir"),
         ({"checkpoint_steps": 5}, "checkpoint_steps=5 needs a checkpoint_dir"),
         ({"checkpoint_dir": tmp_path / "new", "checkpoint_steps": 0}, "checkpoint_steps must be at least 1, got 0"),
@@ -199,7 +219,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_checkpoint_before(tmp_path: Pat
 
 def test_a_checkpoint_dir_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(iris_hf.ConfigError, match=r"checkpoint_dir=.*file/c' cannot be made"):
+    with pytest.raises(iris_hf.DataError, match=r"checkpoint_dir=.*file/c' cannot be used"):
         train_tiny(checkpoint_dir=tmp_path / "file" / "c")
 
 
