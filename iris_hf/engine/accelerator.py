@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,7 +109,12 @@ def open_accelerator(device: Device | None = None, **options: Any) -> Iterator[A
 
 
 def _leave_process_group() -> None:
+    """End the group while Python still runs: its threads, when they outlive it, abort the process.
+
+    What holds the group together with itself, as DistributedDataParallel and sharded optimizers do, goes first.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
