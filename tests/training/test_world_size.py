@@ -10,6 +10,7 @@ from launching import torchrun
 from tiny import Net, NormNet, Recorder, Tensors, noisy, train_tiny
 
 import iris_hf
+from iris_hf.engine.loader import EpochBatches
 
 RUNS: list[dict[str, Any]] = [
     # 61 examples do not divide by anything here
@@ -57,6 +58,24 @@ def test_thirteen_examples_on_two_processes_come_once_each_and_in_order(on_two: 
 def test_every_rank_ends_with_the_same_statistics(on_two: list[dict[str, Any]]) -> None:
     first, second = on_two[-1]["buffers"]
     assert first == second
+
+
+def test_the_statistics_are_the_mean_of_what_every_rank_saw(on_two: list[dict[str, Any]]) -> None:
+    dataset = Tensors(32)
+    norms = [torch.nn.BatchNorm2d(3) for _ in range(2)]
+    for epoch in range(2):
+        for rank, norm in enumerate(norms):
+            batches = EpochBatches(32, batch_size=4, min_examples=8, seed=0, rank=rank, world_size=2)
+            batches.epoch = epoch
+            for keys in batches:
+                norm(torch.stack([dataset[index][0] for _, index in keys]))
+        for name in ("running_mean", "running_var"):  # averaged before the validation that ends an epoch
+            mean = (getattr(norms[0], name) + getattr(norms[1], name)) / 2
+            for norm in norms:
+                getattr(norm, name).copy_(mean)
+    trained = dict(zip([name for name, _ in NormNet().named_buffers()], on_two[-1]["buffers"][0], strict=True))
+    for name in ("running_mean", "running_var"):
+        assert trained[f"norm.{name}"] == pytest.approx(getattr(norms[0], name).tolist(), rel=1e-5)
 
 
 def test_num_processes_starts_workers_and_gives_the_model_back() -> None:
