@@ -8,8 +8,7 @@ every sub-batch is computed again, with the same random numbers, and its derivat
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +23,16 @@ from iris_hf.errors import ConfigError, DataError
 from iris_hf.losses.collectives import Group, Rows, world_group
 from iris_hf.models.steps import Cacheable, Gradients, feature_tensors, like_features, weigh
 from iris_hf.training.passes import propagate, scalars, synchronised
+from iris_hf.training.replay import (
+    Calls,
+    can_be_replayed,
+    fixed_statistics,
+    frozen_parts,
+    recorded,
+    replayed,
+    saved_bytes,
+)
+from iris_hf.training.sub_batches import count_targets, split, take_slice
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -109,7 +118,7 @@ class CachedPass:
             ConfigError: If the model's forward returns nothing that can be cached.
             DataError: If the inputs of a batch differ in length, or the loss is NaN or infinite.
         """
-        parts = split(inputs, self.config.sub_batch_size, num_examples=_count(targets))
+        parts = split(inputs, self.config.sub_batch_size, num_examples=count_targets(targets))
         # Under DDP the last sub-batch goes forward and backward with nothing in between: it is never a kept one.
         limit = len(parts) - (self.accelerator.num_processes > 1)
         cache = [self._first_pass(part, position=k, limit=limit) for k, part in enumerate(parts)]
@@ -136,7 +145,7 @@ class CachedPass:
     def loss(self, inputs: Any, targets: Any) -> Tensor:
         """See :class:`iris_hf.training.passes.Pass`; the features are computed in sub-batches here too."""
         results = []
-        for part in split(inputs, self.config.sub_batch_size, num_examples=_count(targets)):
+        for part in split(inputs, self.config.sub_batch_size, num_examples=count_targets(targets)):
             with self.accelerator.autocast(), self.plugins.forward_context():
                 results.append(self.module(to_device(part, self.accelerator.device)))
         tensors = [_joined(column) for column in zip(*map(feature_tensors, results), strict=True)]
@@ -147,8 +156,8 @@ class CachedPass:
     def parts(self, inputs: Any, targets: Any) -> Iterable[tuple[Any, Any]]:
         """See :class:`iris_hf.training.passes.Pass`."""
         size = self.config.sub_batch_size
-        divided = split(inputs, size, num_examples=_count(targets))
-        per_part = [_slice(targets, slice(start, start + size)) for start in range(0, len(divided) * size, size)]
+        divided = split(inputs, size, num_examples=count_targets(targets))
+        per_part = [take_slice(targets, slice(start, start + size)) for start in range(0, len(divided) * size, size)]
         return zip(divided, per_part, strict=True)
 
     def _first_pass(self, part: Any, *, position: int, limit: int) -> _Cached:
@@ -179,7 +188,7 @@ class CachedPass:
         with saved_bytes(self.module) as self._saved:
             return self.module(part)
 
-    def _learn(self, tensors: list[Tensor], calls: _Calls) -> None:
+    def _learn(self, tensors: list[Tensor], calls: Calls) -> None:
         """Take from the run's first sub-batch which frozen parts to compute once, and how many graphs to keep."""
         self._measured = True
         if not any(tensor.requires_grad for tensor in tensors):
@@ -259,18 +268,6 @@ class CachedPass:
             propagate(self.accelerator, surrogate, divisor)
 
 
-class _Call(NamedTuple):
-    """What a module returned, the versions of its tensors, and where the generators stood then."""
-
-    output: Any
-    versions: list[int] | None
-    state: GeneratorState
-
-
-_Calls = dict[nn.Module, list[_Call]]
-"""What modules returned, call by call."""
-
-
 @dataclass
 class _Cached:
     """A sub-batch after the first pass.
@@ -287,7 +284,7 @@ class _Cached:
     tensors: list[Tensor]
     state: GeneratorState | None
     has_graph: bool
-    calls: _Calls = field(default_factory=dict)
+    calls: Calls = field(default_factory=dict)
 
 
 _SPENT = _Cached(None, [], None, has_graph=False)
@@ -328,61 +325,6 @@ def _refuse(loss: Tensor, cache: list[_Cached]) -> None:
     )
 
 
-def split(inputs: Any, size: int, *, num_examples: int | None = None) -> list[Any]:
-    """Divide a batch of inputs into sub-batches.
-
-    Args:
-        inputs: A tensor with a leading batch axis, a list with an item per example (images of different sizes, texts),
-            or tuples and dicts of these. Scalars and anything else go into every part as they are.
-        size: Examples of a part; the last has what is left.
-        num_examples: How many there have to be; None where nobody knows.
-
-    Returns:
-        The parts; none for a batch of no examples.
-
-    Raises:
-        DataError: If there is nothing to divide, or lengths differ.
-    """
-    lengths = sorted(set(_lengths(inputs)))
-    if len(lengths) != 1:
-        found = f"parts of {', '.join(map(str, lengths))} examples" if lengths else type(inputs).__name__
-        raise DataError(
-            f"A gradient cache divides tensors [N, ...] and lists of N, alone or in tuples and dicts; got {found}. "
-            "Give every part of the inputs one entry per example, by a collate_function."
-        )
-    if num_examples not in (None, lengths[0]):
-        raise DataError(
-            f"There are {lengths[0]} inputs for {num_examples} targets. A list has an item per example; give the "
-            "parts of an input, such as images and texts, as a tuple or a dict."
-        )
-    return [_slice(inputs, slice(start, start + size)) for start in range(0, lengths[0], size)]
-
-
-def _count(targets: Any) -> int | None:
-    """Return how many targets there are; None where that cannot be told."""
-    is_batch = isinstance(targets, list) or (isinstance(targets, Tensor) and targets.dim() > 0)
-    return len(targets) if is_batch else None
-
-
-def _lengths(inputs: Any) -> Iterator[int]:
-    if isinstance(inputs, Mapping):
-        for value in inputs.values():
-            yield from _lengths(value)
-    elif isinstance(inputs, tuple):
-        for value in inputs:
-            yield from _lengths(value)
-    elif isinstance(inputs, list) or (isinstance(inputs, Tensor) and inputs.dim()):
-        yield len(inputs)
-
-
-def _slice(inputs: Any, at: slice) -> Any:
-    if isinstance(inputs, Mapping):
-        return {key: _slice(value, at) for key, value in inputs.items()}
-    if isinstance(inputs, tuple):
-        return map_nested(lambda value: _slice(value, at), inputs)
-    return inputs[at] if isinstance(inputs, list) or (isinstance(inputs, Tensor) and inputs.dim()) else inputs
-
-
 def _borrow_form(
     form: Any, leaves: list[Tensor], active: Sequence[int], device: torch.device
 ) -> tuple[Any, list[Tensor]]:
@@ -421,129 +363,3 @@ def _gather(targets: Any, group: Group) -> Any:
         dist.all_gather_object(everyone, targets, group=group)
         return [target for rank in everyone for target in rank]
     return map_nested(lambda value: _gather(value, group), targets)
-
-
-def frozen_parts(module: nn.Module) -> list[nn.Module]:
-    """List the largest submodules that have parameters, none of them trainable; none is a part of another."""
-    found = list(dict.fromkeys(_frozen_children(module)))
-    return [part for part in found if not any(part is not other and part in other.modules() for other in found)]
-
-
-def _frozen_children(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        parameters = list(child.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            yield child
-        else:
-            yield from _frozen_children(child)
-
-
-@contextmanager
-def recorded(modules: Sequence[nn.Module]) -> Iterator[_Calls]:
-    """Note what modules return, and where the random generators stand then."""
-    calls: _Calls = {module: [] for module in modules}
-
-    def note(module: nn.Module, _: Any, output: Any) -> None:
-        tensors = _tensors_of(output)
-        versions = None if tensors is None else [tensor._version for tensor in tensors]
-        calls[module].append(_Call(output, versions, GeneratorState.capture(_device_of(module))))
-
-    handles = [module.register_forward_hook(note) for module in modules]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def can_be_replayed(outputs: Sequence[_Call], *, room: int) -> bool:
-    """Whether what a frozen part returned may stand for computing it again.
-
-    It may not if it depends on something trainable, is of a kind that nobody can look into, was changed in place
-    afterwards, or takes more than `room` bytes: that is no feature but an activation inside a tower, and keeping those
-    of a whole batch is what a gradient cache is there to avoid.
-    """
-    num_bytes = 0
-    for call in outputs:
-        tensors = _tensors_of(call.output)
-        if tensors is None or any(tensor.requires_grad for tensor in tensors):
-            return False
-        if [tensor._version for tensor in tensors] != call.versions:
-            return False
-        num_bytes += sum(tensor.nbytes for tensor in tensors)
-    return bool(outputs) and num_bytes <= room
-
-
-def _tensors_of(output: Any) -> list[Tensor] | None:
-    """List the tensors in nested lists, tuples and dicts; None where something else may hold some."""
-    if isinstance(output, Tensor):
-        return [output]
-    if output is None or isinstance(output, (bool, int, float, str)):
-        return []
-    if not isinstance(output, (Mapping, list, tuple)):
-        return None
-    found: list[Tensor] = []
-    for value in output.values() if isinstance(output, Mapping) else output:
-        tensors = _tensors_of(value)
-        if tensors is None:
-            return None
-        found += tensors
-    return found
-
-
-@contextmanager
-def replayed(calls: _Calls) -> Iterator[None]:
-    """Have modules return what was noted, in place of computing it, and set the generators where they stood then."""
-
-    def replay(outputs: Iterator[_Call]) -> Any:
-        def forward(*_: Any, **__: Any) -> Any:
-            call = next(outputs)
-            call.state.restore()
-            return call.output
-
-        return forward
-
-    kept = {module: module.__dict__.get("forward") for module in calls}
-    for module, outputs in calls.items():
-        module.forward = replay(iter(outputs))
-    try:
-        yield
-    finally:
-        for module, forward in kept.items():
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
-
-
-@contextmanager
-def fixed_statistics(norms: Sequence[nn.Module]) -> Iterator[None]:
-    """Keep BatchNorm layers from updating their running statistics: every example counts once."""
-    tracking: list[Any] = [norm for norm in norms if norm.track_running_stats]
-    for norm in tracking:
-        norm.track_running_stats = not norm.training  # in evaluation the statistics are used, not updated
-    try:
-        yield
-    finally:
-        for norm in tracking:
-            norm.track_running_stats = True
-
-
-@contextmanager
-def saved_bytes(module: nn.Module) -> Iterator[dict[int, int]]:
-    """Count the bytes that autograd keeps for the backward pass, by storage; the module's own tensors are left out."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

@@ -18,7 +18,9 @@ import iris_hf
 from iris_hf.engine.plugins import PluginList
 from iris_hf.engine.rng import probe_generators, seed_generators
 from iris_hf.models.steps import as_cacheable
-from iris_hf.training.gradient_cache import CacheConfig, CachedPass, saved_bytes, split
+from iris_hf.training.gradient_cache import CacheConfig, CachedPass
+from iris_hf.training.replay import saved_bytes
+from iris_hf.training.sub_batches import split
 
 
 def make_pass(model: nn.Module, size: int, **options: Any) -> CachedPass:
