@@ -36,9 +36,30 @@ def _convert_to_fp16(file: Path) -> None:
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     model = onnx.load(str(file))
-    half = convert_float_to_float16(model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_NOT_IN_HALF])
+    half = convert_float_to_float16(
+        model,
+        keep_io_types=True,
+        op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_NOT_IN_HALF],
+        node_block_list=_crashing_transposes(model.graph),
+    )
     _drop_twins(half.graph)
     onnx.save(half, str(file))
+
+
+def _crashing_transposes(graph: Any) -> list[str]:
+    """Names of the operators that would end ONNX Runtime with a segmentation fault in float16, on x86 CPUs.
+
+    They move the first axis to one of the last two places, and a matrix product follows: so do the attentions of
+    open_clip's text towers, tokens first. https://github.com/microsoft/onnxruntime/issues/28392
+    """
+    multiplied = {name for node in graph.node if node.op_type == "MatMul" for name in node.input}
+    names = []
+    for node in graph.node:
+        if node.op_type == "Transpose" and not multiplied.isdisjoint(node.output):
+            axes = next((list(a.ints) for a in node.attribute if a.name == "perm"), [])
+            if len(axes) > 2 and 0 in axes[-2:]:
+                names.append(node.name)
+    return names
 
 
 def _drop_twins(graph: Any) -> None:

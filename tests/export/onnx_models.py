@@ -84,6 +84,21 @@ class TokenTower(nn.Module):
         return self.encoder(self.embedding(tokens)).mean(1)
 
 
+class TokensFirst(nn.Module):
+    """Attention as torch has it and open_clip uses it: inside, the batch is the second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 4, 4)
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.norm(self.conv(images).flatten(2).transpose(1, 2))
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1)
+
+
 class MaskedTower(nn.Module):
     """A text tower that takes a dict of tokens and mask."""
 
