@@ -9,6 +9,7 @@ from tiny import Net, NormNet, Recorder, Tensors, train_tiny
 from torch import nn
 
 import iris_hf
+from iris_hf.engine.plugins.clip_grad_norm import clip_on_cpu
 from iris_hf.engine.plugins.ema import EMA
 
 
@@ -109,6 +110,32 @@ def test_ema_clip_and_amp_give_the_same_bytes_in_any_order() -> None:
         assert all(torch.equal(weight, results[0][name]) for name, weight in weights.items())
     unclipped = train_tiny(plugins=["ema(0.9, 2)", "amp"])[0]
     assert not torch.equal(unclipped["head.weight"], results[0]["head.weight"])
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-8, 0.69, 0.7, 0.71, 1e4, float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gradients_are_clipped_as_torch_does(length: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    directions = [torch.randn(shape, generator=generator) for shape in ((5, 3), (), (0, 2), (7,))]
+    unit = torch.cat([direction.flatten() for direction in directions]).norm()
+    ours = [(direction / unit * length).to(dtype) for direction in directions]
+    parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in ours]
+    for parameter, gradient in zip(parameters, ours, strict=True):
+        parameter.grad = gradient.clone()
+    clip_on_cpu(ours, 0.7)
+    torch.nn.utils.clip_grad_norm_(parameters, 0.7)
+    for parameter, gradient in zip(parameters, ours, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, equal_nan=True)
+
+
+def test_a_model_whose_gradients_are_missing_in_part_is_clipped() -> None:
+    class Half(Net):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(images).detach())
+
+    model = iris_hf.train(Half(), Tensors(8), None, **SETTINGS, plugins=["clip_grad_norm(1e-3)"]).model
+    moved = (model.head.weight - Net().head.weight).detach().norm()
+    assert 0 < float(moved) <= 2 * 0.1 * 1e-3  # two steps
 
 
 def test_amp_on_a_cpu_takes_the_steps_of_a_loop_in_bfloat16() -> None:

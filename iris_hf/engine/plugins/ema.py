@@ -35,6 +35,7 @@ class EMA(Plugin):
         self.decay = decay
         self.num_skip_iterations = num_skip_iterations
         self.use_cpu_memory = use_cpu_memory
+        self._update = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self._average: list[Tensor] = []
         self._parameters: list[nn.Parameter] = []
         self._buffers: list[tuple[nn.Module, str]] = []
@@ -50,18 +51,18 @@ class EMA(Plugin):
         ]
         self._place()
 
-    @torch.no_grad()
     def on_step_end(self, state: TrainState) -> None:
         """Update the average, or begin it."""
         if state.step <= self.num_skip_iterations:
             return
         live = self._live()
         if not self._average:
-            self._average = [tensor.to("cpu" if self.use_cpu_memory else tensor.device, copy=True) for tensor in live]
+            device = "cpu" if self.use_cpu_memory else None
+            self._average = [tensor.detach().to(device, copy=True) for tensor in live]
             return
         if self.use_cpu_memory:
-            live = [tensor.to("cpu") for tensor in live]
-        torch.optim.swa_utils.get_ema_multi_avg_fn(self.decay)(self._average, live, 0)  # type: ignore[no-untyped-call]
+            live = [tensor.detach().to("cpu") for tensor in live]
+        self._update(self._average, live, 0)
 
     @contextmanager
     def validation_context(self, state: TrainState) -> Iterator[None]:
