@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from iris_hf.errors import ConfigError
+from iris_hf.export.cases import Case
 from iris_hf.export.examples import Batch
 from iris_hf.export.graph import Graph
 from iris_hf.models.detector import ImageDetector
@@ -21,25 +22,6 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 5e-2, "int8": None}
 
 
 _QUERIES = ("logits", "pred_boxes")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Inputs of one batch size and image size, and what the model gives for them.
-
-    Attributes:
-        inputs: Named tensors.
-        outputs: What the graph gives in torch.
-        prediction: What the model's prediction step gives.
-    """
-
-    inputs: Batch
-    outputs: Batch
-    prediction: Any
-
-    def __str__(self) -> str:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.inputs.items())
-        return f"for the inputs {shapes}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,5 +174,6 @@ def _agreements(graph: Graph, case: Case, got: Batch) -> list[Tensor]:
 def _advice(graph: Graph) -> str:
     return (
         f"Look in {type(graph.model).__name__} for Python numbers made of tensors or shapes, such as int(x.shape[0]): "
-        "they are written down as constants. If only the image size is at fault, pass dynamic_size=False."
+        "they are written down as constants. If only the image size is at fault, pass dynamic_size=False; if only the "
+        "number of tokens, dynamic_length=False."
     )

@@ -96,10 +96,18 @@ def make_tokens(model: nn.Module, generator: torch.Generator) -> Any:
     return {"input_ids": tokens, "attention_mask": mask}
 
 
-def vary(batch: Batch, num_examples: int, size: tuple[int, int] | None = None) -> Batch:
-    """Make a batch of another length, and with images of another size, out of one.
+def vary(
+    batch: Batch, num_examples: int, *, size: tuple[int, int] | None = None, num_tokens: int | None = None
+) -> Batch:
+    """Make a batch of another length, with images of another size and with shorter texts, out of one.
 
     Further examples are the given ones, turned along their last axis where they are float, so that no two are equal.
+
+    Args:
+        batch: Named tensors.
+        num_examples: How many examples there shall be.
+        size: Height and width of the images; None leaves them.
+        num_tokens: What texts are cut to; None leaves them.
     """
 
     def longer(tensor: Tensor) -> Tensor:
@@ -112,7 +120,10 @@ def vary(batch: Batch, num_examples: int, size: tuple[int, int] | None = None) -
             return tensor
         return nn.functional.interpolate(tensor, size=size, mode="bilinear", align_corners=False)
 
-    return {name: resized(longer(tensor)) for name, tensor in batch.items()}
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor[:, :num_tokens] if is_tokens(tensor) else tensor
+
+    return {name: cut(resized(longer(tensor))) for name, tensor in batch.items()}
 
 
 def choose_size(model: nn.Module, input_size: int | Sequence[int]) -> tuple[int, int]:
@@ -157,6 +168,12 @@ def other_sizes(batch: Batch) -> list[tuple[int, int]]:
     return [odd, (height + 32, width + 64)]
 
 
+def shorter_length(batch: Batch) -> int | None:
+    """A number of tokens to trace and check with beside that of the texts in a batch; None without texts to cut."""
+    lengths = {tensor.shape[1] for tensor in batch.values() if is_tokens(tensor)}
+    return max(lengths) * 2 // 3 if len(lengths) == 1 and lengths != {1} else None
+
+
 def is_list_of_images(inputs: Any) -> bool:
     """Whether a batch is a list of images `[C, H, W]`."""
     is_list = isinstance(inputs, list) and len(inputs) > 0
@@ -166,6 +183,11 @@ def is_list_of_images(inputs: Any) -> bool:
 def is_images(tensor: Tensor) -> bool:
     """Whether a tensor is a batch of images, `[N, C, H, W]`."""
     return tensor.ndim == 4 and tensor.is_floating_point()
+
+
+def is_tokens(tensor: Tensor) -> bool:
+    """Whether a tensor is a batch of tokens or what belongs to each of them, such as a mask: `[N, L]`."""
+    return tensor.ndim == 2 and not tensor.is_floating_point()
 
 
 def _first_attribute(model: nn.Module, *names: str) -> int | None:

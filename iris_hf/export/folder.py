@@ -48,6 +48,7 @@ def write_folder(export: OnnxExport, graph: Graph, model: nn.Module, folder: Pat
         "tokenizer_name": getattr(model, "tokenizer_name", None),
         "image_spec": None if spec is None else dataclasses.asdict(_without_normalisation(spec)),
         "dynamic_size": export.dynamic_size,
+        "dynamic_length": export.dynamic_length,
         "precision": export.precision,
         "errors": dict(export.errors),
         "agreement": export.agreement,

@@ -9,30 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import nn
 
 from iris_hf.errors import ConfigError, unknown_name
-from iris_hf.export.check import TOLERANCES, Case, Comparison, compare
-from iris_hf.export.examples import (
-    BATCH_SIZES,
-    DEFAULT_SIZE,
-    Batch,
-    choose_size,
-    image_spec_of,
-    is_images,
-    make_inputs,
-    other_sizes,
-    split_inputs,
-    vary,
-)
+from iris_hf.export.cases import Case, find_axes, find_freedom, make_cases
+from iris_hf.export.check import TOLERANCES, Comparison, compare
+from iris_hf.export.examples import DEFAULT_SIZE, choose_size, make_inputs, split_inputs
 from iris_hf.export.exporters import Axes, find_exporters, write_onnx
 from iris_hf.export.folder import MODEL_FILE, write_folder
 from iris_hf.export.graph import Graph, make_graph
-from iris_hf.export.operators import FirstOfEquals
 from iris_hf.export.precision import convert
-from iris_hf.models.detector import ImageDetector
-from iris_hf.models.segmenter import ImageSegmenter
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +40,7 @@ class OnnxExport:
         input_names: Inputs of the graph.
         output_names: Outputs of the graph.
         dynamic_size: Whether it takes images of other sizes than it was traced with.
+        dynamic_length: Whether it takes texts of other lengths than it was traced with.
         precision: `fp32`, `fp16` or `int8`.
         exporter: `optimum`, `torchscript` or `dynamo`: the one that made it.
     """
@@ -65,6 +52,7 @@ class OnnxExport:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     dynamic_size: bool
+    dynamic_length: bool
     precision: str
     exporter: str
 
@@ -78,6 +66,7 @@ def export_onnx(
     precision: Precision = "fp32",
     exporter: Literal["auto", "optimum", "torchscript", "dynamo"] = "auto",
     dynamic_size: bool | None = None,
+    dynamic_length: bool | None = None,
     tolerance: float | None = None,
     folder: str | Path | None = None,
 ) -> bytes:
@@ -85,7 +74,7 @@ def export_onnx(
 
     The graph runs the prediction step. It takes what the model takes, so images in [0, 1]: the normalisation is in it.
     Its first axis, the batch, may have any length. Before anything is returned or written, ONNX Runtime and torch are
-    compared at the batch sizes 1, 2 and 5, and at two image sizes where the model takes any.
+    compared at the batch sizes 1, 2 and 5, at two image sizes where the model takes any, and at two lengths of texts.
 
     Inputs are named `pixel_values` (images), `input_ids` (tokens), `features`, or by the keys of a dict. Outputs of a
     classifier are `logits` and `probabilities`; of a detector `logits`, `pred_boxes` and `detections` `[N, K, 6]`
@@ -104,6 +93,8 @@ def export_onnx(
         exporter: `optimum`, `torchscript` or `dynamo`; `auto` is Optimum, or TorchScript where Optimum cannot be
             imported (transformers 5), then dynamo if that fails and onnxscript is installed.
         dynamic_size: Whether the graph takes images of any size; None asks the model's image_spec.
+        dynamic_length: Whether the graph takes texts of any number of tokens up to the model's largest. None: if there
+            is an attention mask among the inputs, or a text encoder of iris_hf in the model.
         tolerance: Largest absolute error allowed, as a multiple of the largest absolute value of an output where that
             exceeds 1. None: 1e-4 for fp32, 0.05 for fp16, no limit for int8.
         folder: Also write model.onnx there, with the configuration, the preprocessor and the labels that
@@ -126,6 +117,7 @@ def export_onnx(
         precision=precision,
         exporter=exporter,
         dynamic_size=dynamic_size,
+        dynamic_length=dynamic_length,
         tolerance=tolerance,
         folder=folder,
     ).data
@@ -140,6 +132,7 @@ def export_onnx_model(
     precision: Precision = "fp32",
     exporter: Literal["auto", "optimum", "torchscript", "dynamo"] = "auto",
     dynamic_size: bool | None = None,
+    dynamic_length: bool | None = None,
     tolerance: float | None = None,
     folder: str | Path | None = None,
 ) -> OnnxExport:
@@ -167,19 +160,18 @@ def export_onnx_model(
     allowed = TOLERANCES[precision] if tolerance is None else tolerance
     with tempfile.TemporaryDirectory() as workplace:
         file = Path(workplace) / MODEL_FILE
-        for dynamic in _sizes_to_try(model, batch, dynamic_size):
-            cases = _make_cases(graph, batch, dynamic)
+        freedoms = find_freedom(model, batch, dynamic_size=dynamic_size, dynamic_length=dynamic_length)
+        for free in freedoms:
             try:
+                cases = make_cases(graph, batch, free)
                 limit = allowed if precision == "fp32" else TOLERANCES["fp32"]
-                comparison, used = _write(graph, cases, _find_axes(cases, dynamic), file, exporters, opset, limit)
+                comparison, used = _write(graph, cases, find_axes(cases, free), file, exporters, opset, limit)
                 break
             except ConfigError as error:
-                if not dynamic or dynamic_size is not None:
+                if free == freedoms[-1]:
                     raise
                 logger.warning(
-                    "%s is exported for images of one size, as the graph for all sizes is wrong: %s",
-                    type(model).__name__,
-                    error,
+                    "The graph of %s for %s is wrong, and less is tried: %s", type(model).__name__, free, error
                 )
         if precision != "fp32":
             convert(file, precision)
@@ -192,7 +184,8 @@ def export_onnx_model(
         agreement=comparison.agreement,
         input_names=graph.input_names,
         output_names=graph.output_names,
-        dynamic_size=dynamic,
+        dynamic_size=free.images,
+        dynamic_length=free.texts,
         precision=precision,
         exporter=used,
     )
@@ -208,16 +201,6 @@ def export_onnx_model(
     if folder is not None:
         write_folder(export, graph, model, Path(folder))
     return export
-
-
-def _sizes_to_try(model: nn.Module, batch: Batch, dynamic_size: bool | None) -> list[bool]:
-    """Whether to export for any size: what was asked for, or what the model says and, if that fails, one size."""
-    if dynamic_size is not None:
-        if dynamic_size and not other_sizes(batch):
-            raise ConfigError(f"dynamic_size is for images, and {type(model).__name__} takes {', '.join(batch)}.")
-        return [dynamic_size]
-    spec = image_spec_of(model)
-    return [True, False] if spec is not None and spec.variable_size and other_sizes(batch) else [False]
 
 
 def _write(
@@ -242,65 +225,3 @@ def _write(
                 failure.add_note(f"Nor with {exporter}: {error}")
     assert failure is not None
     raise failure
-
-
-def _make_cases(graph: Graph, batch: Batch, dynamic: bool) -> list[Case]:
-    """Run the model on every combination of batch size and image size of the check; the first is to be traced."""
-    cases = [_run_case(graph, vary(batch, n)) for n in BATCH_SIZES]
-    if dynamic:
-        odd, other = other_sizes(batch)
-        try:
-            resized = [_run_case(graph, vary(batch, n, odd)) for n in BATCH_SIZES]
-        except ConfigError:  # the network takes certain multiples only
-            resized = [_run_case(graph, vary(batch, n, other)) for n in BATCH_SIZES]
-        cases = resized + cases
-    names = {tuple(case.outputs) for case in cases}
-    if len(names) > 1:
-        raise ConfigError(
-            f"{type(graph.model).__name__} gives {' or '.join(str(len(n)) for n in sorted(names))} tensors for batches "
-            "of several lengths, and a graph has fixed outputs. Let it return a tensor [N, ...], not a list of N."
-        )
-    return cases
-
-
-def _run_case(graph: Graph, inputs: Batch) -> Case:
-    with torch.no_grad(), FirstOfEquals():
-        try:
-            outputs = graph.run(inputs)
-            model = graph.model
-            if isinstance(model, ImageSegmenter):
-                outputs["masks"] = graph.predict(inputs)
-            prediction = _all_boxes(model, graph, inputs) if isinstance(model, ImageDetector) else None
-        except ConfigError:
-            raise
-        except Exception as error:
-            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
-            raise ConfigError(
-                f"{type(graph.model).__name__} does not run on {shapes}: {type(error).__name__}: {error}. Pass "
-                "example_inputs, a batch of what it takes, or input_size; dynamic_size=False if only one size will do."
-            ) from error
-    return Case({name: tensor.clone() for name, tensor in inputs.items()}, outputs, prediction)
-
-
-def _all_boxes(detector: ImageDetector, graph: Graph, inputs: Batch) -> Any:
-    """The predictions of a detector without its limits."""
-    limits = detector.max_detections, detector.score_threshold
-    detector.max_detections, detector.score_threshold = 2**31, 0.0
-    try:
-        return graph.predict(inputs)
-    finally:
-        detector.max_detections, detector.score_threshold = limits
-
-
-def _find_axes(cases: Sequence[Case], dynamic: bool) -> Axes:
-    """Name the axes of variable length: those of the inputs, and those of the outputs that vary among the cases."""
-    axes: Axes = {}
-    for name, tensor in cases[0].inputs.items():
-        axes[name] = {0: "batch_size"}
-        if dynamic and is_images(tensor):
-            axes[name].update({2: "height", 3: "width"})
-    for name in cases[0].outputs:
-        lengths = zip(*(case.outputs[name].shape for case in cases), strict=True)
-        varying = [axis for axis, values in enumerate(lengths) if len(set(values)) > 1]
-        axes[name] = {axis: "batch_size" if axis == 0 else f"{name}_axis_{axis}" for axis in varying}
-    return axes

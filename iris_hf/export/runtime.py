@@ -30,6 +30,7 @@ class OnnxModel(nn.Module):
         image_spec: The images it takes, without normalisation, or None.
         tokenizer_name: As the model's.
         dynamic_size: Whether it takes images of any size.
+        dynamic_length: Whether it takes texts of any length.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class OnnxModel(nn.Module):
         self.class_names = description.get("class_names")
         self.tokenizer_name = description.get("tokenizer_name")
         self.dynamic_size = bool(description.get("dynamic_size"))
+        self.dynamic_length = bool(description.get("dynamic_length"))
         spec = description.get("image_spec")
         self.image_spec = None if spec is None else ImageSpec(**spec)
         self._data = data
@@ -65,12 +67,18 @@ class OnnxModel(nn.Module):
         """Give all outputs of the graph by name, for a batch of what the model took.
 
         Raises:
-            DataError: If the inputs don't fit the graph; the message names the input, and what the graph takes.
+            DataError: If the inputs don't fit the graph; the message names the input, and what the graph takes. If ONNX
+                Runtime fails on them, as on more tokens than the model has places for.
         """
         batch, _ = split_inputs(inputs)
         device = next(iter(batch.values())).device
         self._check(batch)
-        return {name: tensor.to(device) for name, tensor in run_session(self._session, batch).items()}
+        try:
+            outputs = run_session(self._session, batch)
+        except Exception as error:
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.items())
+            raise DataError(f"ONNX Runtime fails on {shapes}: {error}") from error
+        return {name: tensor.to(device) for name, tensor in outputs.items()}
 
     def prediction_step(self, inputs: Any) -> Any:
         """Give what the model's own prediction step gave.

@@ -95,7 +95,10 @@ class TextEncoder(nn.Module):
         """Pad tokens to the length that the network takes."""
         if self.max_length is None or input_ids.shape[1] == self.max_length:
             return input_ids
-        return nn.functional.pad(input_ids, (0, self.max_length - input_ids.shape[1]), value=self.pad_token_id or 0)
+        missing: Any = self.max_length - input_ids.shape[1]
+        if isinstance(missing, Tensor):  # while it is traced: a text that is too long shall fail later, and not be cut
+            missing = missing.clamp(min=0)
+        return nn.functional.pad(input_ids, (0, missing), value=self.pad_token_id or 0)
 
     def _check(self, tokens: Tokens) -> dict[str, Tensor]:
         arguments: dict[str, Any] = dict(tokens) if isinstance(tokens, Mapping) else {"input_ids": tokens}

@@ -112,6 +112,13 @@ class MaskedTower(nn.Module):
         return (self.embedding(inputs["input_ids"]) * mask).sum(1) / mask.sum(1)
 
 
+class CountingTower(MaskedTower):
+    """It holds on to the number of tokens it was traced with."""
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return super().forward(inputs) * int(inputs["input_ids"].shape[1])
+
+
 class Pair(nn.Module):
     """Two towers: (images, tokens) -> features of both and the scale."""
 

@@ -12,6 +12,7 @@ from onnx_models import (
     HAS_OPTIMUM,
     HAS_RUNTIME,
     Baked,
+    CountingTower,
     Listing,
     MaskedTower,
     Naming,
@@ -25,7 +26,7 @@ from onnx_models import (
 )
 from torch import nn
 
-from iris_hf.errors import ConfigError, MissingDependencyError
+from iris_hf.errors import ConfigError, DataError, MissingDependencyError
 from iris_hf.export.exporters import find_exporters
 from iris_hf.export.onnx import export_onnx, export_onnx_model
 from iris_hf.export.operators import FirstOfEquals
@@ -90,6 +91,7 @@ def test_image_text_models_and_their_towers_export(name):
         assert export.max_error <= 1e-5
         names = ("image_features", "text_features", "logit_scale") if model.target_type else ("features",)
         assert export.output_names[: len(names)] == names
+        assert export.dynamic_length == ("input_ids" in export.input_names)
 
 
 def test_the_graph_normalises_and_takes_any_batch_size():
@@ -164,6 +166,42 @@ def test_text_towers_take_tokens_or_a_dict(tmp_path):
     longer = {name: torch.cat([t, t]) for name, t in inputs.items()}
     with torch.no_grad():
         torch.testing.assert_close(load_onnx(tmp_path / "dict").prediction_step(longer), masked(longer))
+
+
+@pytest.mark.parametrize("name", ["hf-bert", "open_clip", "hf-clip"])
+def test_texts_may_have_any_number_of_tokens(name, tmp_path):
+    encoder = make(name).eval()
+    if name in IMAGE_TEXT:
+        encoder = split_image_text_model(encoder).text_model
+    export_onnx(encoder, folder=tmp_path)
+    loaded = load_onnx(tmp_path)
+    assert loaded.dynamic_length
+    generator = torch.Generator().manual_seed(0)
+    for num_tokens in (1, 3, encoder.max_length):
+        inputs = torch.randint(2, 97, (3, num_tokens), generator=generator)
+        if name != "open_clip":
+            inputs = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}
+            inputs["attention_mask"][1, 1:] = 0
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.prediction_step(inputs), encoder(inputs), atol=1e-5, rtol=0)
+    many = torch.ones(3, 200, dtype=torch.long)
+    many = many if name == "open_clip" else {"input_ids": many, "attention_mask": many}
+    with pytest.raises(DataError, match=r"ONNX Runtime fails on input_ids \[3, 200\]"):
+        loaded(many)
+
+
+def test_texts_keep_their_length_where_it_is_asked_for_or_part_of_the_model(caplog):
+    ids = torch.randint(50, (2, 6), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    fixed = open_session(export_onnx(MaskedTower(), inputs, dynamic_length=False))
+    assert [i.shape[1] for i in fixed.get_inputs()] == [6, 6]
+    assert not caplog.records
+    assert not export_onnx_model(CountingTower(), inputs).dynamic_length
+    assert "The graph of CountingTower for texts of any length is wrong, and less is tried" in caplog.text
+    with pytest.raises(ConfigError, match=r"output 'predictions' by .*dynamic_length=False"):
+        export_onnx(CountingTower(), inputs, dynamic_length=True)
+    with pytest.raises(ConfigError, match=r"dynamic_length is for texts of more than one token, and Stepped takes"):
+        export_onnx(Stepped(), input_size=16, dynamic_length=True)
 
 
 def test_pairs_of_images_and_texts_export(tmp_path):
