@@ -10,6 +10,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads that wait for each other cost more
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the examples first: each is minutes long, and on two cores the other tests run beside them."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_examples"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets; tests that need it skip on machines that lack it."""

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -223,34 +224,75 @@ def test_a_checkpoint_dir_that_cannot_be_made_is_an_error(tmp_path: Path) -> Non
         train_tiny(checkpoint_dir=tmp_path / "file" / "c")
 
 
+class Server:
+    """Starts runs without importing torch each time; see resume_server.py."""
+
+    def __init__(self, log: Path) -> None:
+        script = Path(__file__).with_name("resume_server.py")
+        with open(log, "w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, str(script)],
+                env=environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+
+    def ask(self, command: Any) -> list[int]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        answer: list[int] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def run(self, out: Path, arguments: dict[str, Any], num_processes: int) -> None:
+        self.ask({"out": str(out), "arguments": arguments, "num_processes": num_processes})
+        assert self.ask("wait") == [0] * num_processes
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server") / "log")
+    with server.process:  # closes its standard input, at which it ends
+        yield server
+
+
+KILLS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "alone, loader workers": (8, 1, {"num_dataloader_workers": 2, "accumulate_grad_batches": 2}),
+    "alone, with a cache": (7, 1, {"cache": True, "sub_batch_size": 3}),
+    "two processes": (8, 2, {"batch_size": 4, "accumulate_grad_batches": 2}),
+    "two processes, sharded, loader workers": (
+        7,
+        2,
+        {"batch_size": 4, "num_dataloader_workers": 2, "optimizer": "zero_adam"},
+    ),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
-    arguments = {
-        "random_seed": 0,
-        "checkpoint_steps": 1,
-        "num_dataloader_workers": 2,
-        "num_epochs": 150,
-        "accumulate_grad_batches": 2,
-        "plugins": ["ema(0.9, 3)"],
-    }
+@pytest.mark.parametrize("name", KILLS)
+def test_kills_at_random_moments_change_no_byte(name: str, server: Server, tmp_path: Path) -> None:
+    num_kills, num_processes, own = KILLS[name]
+    arguments = {"random_seed": 0, "checkpoint_steps": 1, "num_epochs": 30, "plugins": ["ema(0.9, 3)"], **own}
     folder = tmp_path / "killed"
     killed = {**arguments, "checkpoint_dir": str(folder), "resume": "auto"}
-    random_moment = random.Random(0)
+    random_moment = random.Random(name)
     steps = [0]
-    for _ in range(10):
-        command = [sys.executable, SCRIPT, str(tmp_path / "out"), json.dumps(killed)]
-        process = subprocess.Popen(command, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL)
-        while process.poll() is None and max(steps_of(folder), default=0) <= steps[-1]:
+    for _ in range(num_kills):
+        ranks = server.ask({"out": str(tmp_path / "out"), "arguments": killed, "num_processes": num_processes})
+        while max(steps_of(folder), default=0) <= steps[-1]:
             time.sleep(0.001)  # until it has gone on
         time.sleep(random_moment.uniform(0, 0.3))
-        assert process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        for rank in ranks:
+            os.killpg(rank, signal.SIGKILL)
+        assert server.ask("wait") == [-signal.SIGKILL] * num_processes
         newest = open_checkpoint(sorted(folder.glob("step-*"))[-1])  # each can be loaded
         steps.append(newest.progress.step)
     assert steps == sorted(set(steps))
-    assert run(tmp_path / "out", killed) == 0
-    assert run(tmp_path / "never", {**arguments, "checkpoint_dir": str(tmp_path / "whole")}) == 0
+    server.run(tmp_path / "out", killed, num_processes)
+    server.run(tmp_path / "never", {**arguments, "checkpoint_steps": None}, num_processes)
     assert_equal(torch.load(tmp_path / "out"), torch.load(tmp_path / "never"))
-    assert not list((tmp_path / "killed").glob(".*"))
+    assert not list(folder.glob(".*"))
