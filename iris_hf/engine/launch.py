@@ -8,16 +8,20 @@ classes of a script or notebook work too.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from iris_hf.engine.accelerator import Device, available_cores
 
 _CALL, _RESULT, _ERROR = "call.pickle", "result.pickle", "error-{rank}.pickle"
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 
 
 def run_in_workers(
@@ -34,47 +38,81 @@ def run_in_workers(
 
     Raises:
         Exception: The error of the worker that failed first, with its traceback as a note.
+        SystemExit: If a worker left by one, as after SIGTERM, which is passed on to the workers.
         RuntimeError: If a worker died without an error (killed, out of memory).
     """
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="iris_hf-workers-") as folder:
+            return _run(Path(folder), (function, args, kwargs), num_processes, device)
+    except SignalException as ended:
+        signal.raise_signal(ended.sigval)  # as if no launcher had caught it: SIGTERM kills, SIGINT is KeyboardInterrupt
+        raise
+
+
+def _run(folder: Path, call: tuple[Any, ...], num_processes: int, device: Device | None) -> Any:
     import cloudpickle
     import torch
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
-    with tempfile.TemporaryDirectory(prefix="iris_hf-workers-") as folder:
-        with open(Path(folder, _CALL), "wb") as file:
-            cloudpickle.dump({"sys_path": sys.path, "on_cpu": on_cpu}, file)
-            cloudpickle.dump((function, args, kwargs), file)
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=num_processes,
-            run_id=Path(folder).name,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-        )
-        threads = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = threads or str(max(1, available_cores() // num_processes))
-        try:
-            elastic_launch(config, sys.executable)("-m", __name__, folder)
-        except ChildFailedError as failure:
-            raise _first_error(Path(folder), failure) from None
-        finally:
-            if threads is None:
-                del os.environ["OMP_NUM_THREADS"]
-        with open(Path(folder, _RESULT), "rb") as file:
-            return cloudpickle.load(file)
+    with open(folder / _CALL, "wb") as file:
+        cloudpickle.dump({"sys_path": sys.path, "on_cpu": on_cpu}, file)
+        cloudpickle.dump(call, file)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id=folder.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = threads or str(max(1, available_cores() // num_processes))
+    try:
+        with _keeping_signal_handlers():
+            elastic_launch(config, sys.executable)("-m", __name__, str(folder))
+    except ChildFailedError as failure:
+        rank, first = failure.get_first_failure()
+        silent = f"Worker {rank} of the local run died with exit code {first.exitcode}, without an error."
+        raise _first_error(folder) or RuntimeError(silent) from None
+    except SignalException:
+        error = _first_error(folder)
+        if isinstance(error, SystemExit):  # the workers had time to leave in order
+            raise error from None
+        raise
+    finally:
+        if threads is None:
+            del os.environ["OMP_NUM_THREADS"]
+    with open(folder / _RESULT, "rb") as file:
+        return cloudpickle.load(file)
 
 
-def _first_error(folder: Path, failure: Any) -> BaseException:
+@contextmanager
+def _keeping_signal_handlers() -> Iterator[None]:
+    """Give signals back to the caller's handlers; torch's agent leaves its own."""
+    kept = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+        kept = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            if handler is not None:  # not set from Python
+                signal.signal(number, handler)
+
+
+def _first_error(folder: Path) -> BaseException | None:
     import cloudpickle
 
-    rank, first = failure.get_first_failure()
     errors = sorted(folder.glob(_ERROR.format(rank="*")), key=lambda path: path.stat().st_mtime_ns)
     if not errors:
-        return RuntimeError(f"Worker {rank} of the local run died with exit code {first.exitcode}, without an error.")
+        return None
     with open(errors[0], "rb") as file:
         error: BaseException = cloudpickle.load(file)
     return error
@@ -99,13 +137,13 @@ def _work(folder: Path) -> None:
                 cloudpickle.dump(result, file)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         error.add_note(f"In worker {rank} of the local run:\n{traceback.format_exc()}")
         partial = folder / f"{rank}.partial"
         with open(partial, "wb") as file:
             cloudpickle.dump(error, file)
         partial.rename(folder / _ERROR.format(rank=rank))
-        sys.exit(1)
+        sys.exit(error.code if isinstance(error, SystemExit) else 1)
 
 
 if __name__ == "__main__":

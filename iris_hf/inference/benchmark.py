@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from iris_hf.engine.loader import (
     make_loader,
     to_device,
 )
+from iris_hf.engine.memory import MIB, peak_host_memory
 from iris_hf.engine.plugins import Plugin, PluginList, PredictState, load_plugins
 from iris_hf.engine.rng import PREDICTION, STEP, mix, preserve_generators, seed_generators
 from iris_hf.errors import ConfigError, noted
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _TRIMMED = 0.2
-_MIB = 2**20
 _NOTHING = "-"
 _Times = dict[str, list[float]]
 """Seconds of every iteration, by what was done in it."""
@@ -162,7 +161,7 @@ def benchmark_model(
                 training, training_flops = _measure_training(accelerator, plugin_list, loader, trainable)
             if predictor is not None:
                 prediction, prediction_flops = _measure_prediction(accelerator, plugin_list, loader, predictor)
-        peaks = _slowest({"cuda": [memory.cuda()], "host": [memory.host()]})
+        peaks = _slowest({"cuda": [memory.cuda()], "host": [peak_host_memory()]})
         training, prediction = _slowest(training), _slowest(prediction)
         num_processes = accelerator.num_processes
     parameters = list(measured.parameters())
@@ -396,15 +395,4 @@ class _MemoryPeaks:
         """MiB that torch holds on the GPU at most, less what it held before."""
         if self._cuda is None:
             return 0.0
-        return (torch.cuda.max_memory_allocated(self._cuda) - self._cuda_before) / _MIB
-
-    def host(self) -> float:
-        """Resident MiB of this process at most."""
-        with suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) / 1024
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB
+        return (torch.cuda.max_memory_allocated(self._cuda) - self._cuda_before) / MIB

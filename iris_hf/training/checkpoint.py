@@ -45,8 +45,8 @@ _PARTIAL, _ASIDE = ".partial-", "aside-"
 class Preempted(SystemExit):
     """Ends a process that was asked to by SIGTERM, after its checkpoint was written; the exit code is 75."""
 
-    def __init__(self) -> None:
-        super().__init__(PREEMPTED)
+    def __init__(self, code: int = PREEMPTED) -> None:
+        super().__init__(code)
 
 
 @dataclass(frozen=True)
@@ -366,7 +366,8 @@ class TerminationFlag:
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            # Who leaves because of one ignores the next: launchers pass on what the whole process group got.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if self._is_set else before)
 
     def is_set_anywhere(self) -> bool:
         """Ask all processes; every one has to at the same step."""

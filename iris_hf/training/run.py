@@ -105,6 +105,7 @@ class TrainingRun:
             num_epochs=config.num_epochs,
             steps_per_epoch=steps_per_epoch,
             examples_per_step=config.batch_size * config.accumulation * accelerator.num_processes,
+            config={**vars(config), "random_seed": seed},
         )
 
     def run(self) -> None:

@@ -324,6 +324,8 @@ def fit(
                     world_size=accelerator.num_processes,
                 )
                 run.val_loader = loader(val_dataset, val_transform, run.val_batches)
+            named = [getattr(each, "class_names", None) for each in (model, val_dataset, train_dataset)]
+            run.state.class_names = next((names for names in named if names is not None), None)
             facts = run.facts(num_examples)
             if checkpoint is not None:
                 checkpoint.require(facts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,8 @@ class TrainState(RunState):
             None before the first.
         val_metrics: What plugins measured in the last validation, the same on every rank; empty before the first.
         stop_reason: Why the run ends early; None while it goes on.
+        config: The arguments of training that are no inputs.
+        class_names: Of the model or a data set; None where neither names classes.
     """
 
     optimizer: torch.optim.Optimizer
@@ -65,6 +67,8 @@ class TrainState(RunState):
     val_loss: float | None = None
     val_metrics: dict[str, float] = field(default_factory=dict)
     stop_reason: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    class_names: Sequence[str] | None = None
 
     @property
     def loss(self) -> torch.Tensor:

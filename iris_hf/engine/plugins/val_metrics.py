@@ -12,8 +12,9 @@ from torch import Tensor
 from iris_hf.engine.loader import to_device
 from iris_hf.engine.plugins.base import Plugin, TrainState
 from iris_hf.engine.plugins.monitor import require_validation
+from iris_hf.engine.plugins.predictions import make_predictor, predict_batch
 from iris_hf.errors import ConfigError
-from iris_hf.models.steps import Predictor, as_predictor
+from iris_hf.models.steps import Predictor
 
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
@@ -53,19 +54,12 @@ class ValMetrics(Plugin):
 
     def on_validation_start(self, state: TrainState) -> None:
         """Make the model predict."""
-        self._predictor = as_predictor(state.model).to(state.accelerator.device).eval()
+        self._predictor = make_predictor(state)
 
-    @torch.no_grad()
     def on_validation_batch(self, state: TrainState, batch: tuple[Any, Any]) -> None:
         """Predict a batch."""
-        from accelerate.utils.operations import convert_to_fp32
-
         assert self._predictor is not None
-        with state.accelerator.autocast():
-            predictions = self._predictor(to_device(batch[0], state.accelerator.device))
-        if state.accelerator.mixed_precision != "no":
-            predictions = convert_to_fp32(predictions)
-        measured = to_device((predictions, batch[1]), torch.device("cpu"))
+        measured = predict_batch(state, self._predictor, batch[0]), to_device(batch[1], torch.device("cpu"))
         self._batches.append(self.convert(*measured) if self.convert is not None else measured)
         if state.accelerator.num_processes == 1:
             self._add()
