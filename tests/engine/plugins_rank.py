@@ -20,7 +20,7 @@ BROKEN_IMAGE = float("nan")
 def measured(folder: Path) -> list[Any]:
     return [
         ValMetrics(Accuracy()),
-        f"log_tensorboard({str(folder / 'logs')!r}, every=3)",
+        f"log_tensorboard({str(folder / 'logs')!r}, every=3, num_images=3)",
         f"save_best({str(folder / 'best')!r})",
         "early_stopping(2, metric='accuracy', mode='max')",
     ]

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plugins_rank
 import pytest
 import torch
 from launching import torchrun
-from test_trackers import read
+from test_trackers import pictures, read
 
 
 @pytest.fixture(scope="module")
@@ -70,5 +71,11 @@ def test_one_process_writes_what_one_alone_would(
     alone, together = read(one / "logs"), read(two / "logs")
     for tag in ("loss", "learning_rate", "val_loss", "accuracy"):
         assert together[tag] == pytest.approx(alone[tag], rel=1e-4)
+    for tag in ("examples_per_second", "peak_host_memory_mib"):
+        assert set(together[tag]) == set(alone["loss"])
+        assert all(value > 0 for value in together[tag].values())
+    drawn = [pictures(folder / "logs") for folder in (one, two)]
+    assert set(drawn[0]) == set(alone["val_loss"])
+    assert all(np.array_equal(picture, drawn[1][step]) for step, picture in drawn[0].items())
     best = [json.loads((folder / "best" / "best.json").read_text()) for folder in (one, two)]
     assert best[0] == {**best[1], "value": pytest.approx(best[1]["value"], rel=1e-5)}

@@ -1,15 +1,22 @@
 """What trackers are sent, read back with TensorBoard's own reader."""
 
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
+import torch
 from tiny import Net, Recorder, Tensors, train_tiny
 
 import iris_hf
+from iris_hf.engine.drawing import draw_examples
 from iris_hf.engine.plugins import load_plugins
+from iris_hf.engine.plugins.hyper_parameters import flat
 from iris_hf.engine.plugins.trackers import LogTensorboard
+from iris_hf.training.schedulers import LrSchedulerConfig
 
 pytest.importorskip("tensorboard", reason="pip install iris-hf[tensorboard]")
 
@@ -41,7 +48,9 @@ def test_tensorboard_gets_means_rates_throughput_and_validations(tmp_path: Path)
     assert scalars["learning_rate"] == pytest.approx({end: recorder.learning_rates[end - 1] for _, end in intervals})
     assert scalars["val_loss"] == pytest.approx({8: recorder.val_losses[0], 16: recorder.val_losses[1]})
     assert set(scalars["accuracy"]) == {8, 16}
-    assert all(value > 0 for value in scalars["examples_per_second"].values())
+    for tag in ("examples_per_second", "peak_host_memory_mib"):
+        assert set(scalars[tag]) == set(expected)
+        assert all(value > 0 for value in scalars[tag].values())
 
 
 def test_hyper_parameters_are_stored(tmp_path: Path) -> None:
@@ -109,6 +118,7 @@ def test_any_tracker_of_accelerate_is_a_name_away(tmp_path: Path) -> None:
         ("log_tracker('wandb')", iris_hf.MissingDependencyError, "The tracker wandb needs its library: pip install w"),
         ("log_tracker('comet_ml')", iris_hf.MissingDependencyError, "pip install comet-ml"),
         ("log_tracker('tensorbord')", iris_hf.ConfigError, "Unknown tracker 'tensorbord'. Did you mean 'tensorboard'"),
+        ("log_tensorboard(num_images=-1)", iris_hf.ConfigError, "num_images must not be negative, got -1"),
         ("log_tensorboard(every=0)", iris_hf.ConfigError, "every must be at least 1, got 0"),
     ],
 )
@@ -118,6 +128,83 @@ def test_a_tracker_that_cannot_be_is_an_error_at_once(plugin: str, error: type[E
             pytest.skip(f"{library} is installed here")
     with pytest.raises(error, match=message):
         load_plugins([plugin])
+
+
+def pictures(folder: Path) -> dict[int, np.ndarray[Any, Any]]:
+    """Return the pictures of validation examples by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (run,) = folder.iterdir()
+    events = EventAccumulator(str(run))
+    events.Reload()
+    found = {}
+    for event in events.Images("val_examples") if "val_examples" in events.Tags()["images"] else ():
+        with PIL.Image.open(io.BytesIO(event.encoded_image_string)) as picture:
+            found[event.step] = np.asarray(picture)
+    return found
+
+
+class Named(Tensors):
+    class_names = ("dark", "bright")
+
+
+def test_the_same_examples_are_drawn_at_every_validation_with_what_is_predicted_then(tmp_path: Path) -> None:
+    folders = [str(tmp_path / name) for name in "ab"]
+    watched = Watched()
+    settings = {"val_dataset": Named(11, seed=1), "val_batch_size": 4, "num_epochs": 2, "base_lr": 2.0}
+    plugins = [f"log_tensorboard({folders[0]!r}, num_images=6)", f"log_tensorboard({folders[1]!r}, num_images=99)"]
+    weights = train_tiny(plugins=[*plugins, "ema(0.5, 0)", watched], **settings)[0]
+    data = settings["val_dataset"]
+    for name, count in (("a", 6), ("b", 11)):
+        drawn = pictures(tmp_path / name)
+        assert set(drawn) == {8, 16}
+        for step, predictions in watched.predictions.items():
+            expected = draw_examples(
+                list(data.images[:count]), data.labels[:count], predictions[:count], data.class_names
+            )
+            assert np.array_equal(drawn[step], expected)
+    plain = train_tiny(plugins=["ema(0.5, 0)"], **settings)[0]
+    assert all(torch.equal(weight, plain[name]) for name, weight in weights.items())
+
+
+class Watched(iris_hf.Plugin):
+    """Predicts by hand at every validation, after the weights were exchanged for their average."""
+
+    def __init__(self) -> None:
+        self.predictions: dict[int, torch.Tensor] = {}
+
+    def on_validation_end(self, state: iris_hf.TrainState) -> None:
+        images = Named(11, seed=1).images
+        self.predictions[state.step] = state.model.predictor(state.model.eval()(images)).detach()
+
+
+def test_what_cannot_be_drawn_is_said_once_and_numbers_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Pairs(Tensors):
+        def __getitem__(self, index: int) -> Any:
+            return (self.images[index], torch.zeros(3)), self.labels[index]
+
+    class TwoInputs(Net):
+        def forward(self, inputs: Any) -> torch.Tensor:
+            return super().forward(inputs[0])
+
+    settings = {"num_epochs": 2, "batch_size": 8, "num_dataloader_workers": 0}
+    plugins = [LogTensorboard(str(tmp_path / "a"), num_images=3)]
+    iris_hf.train(TwoInputs(), Pairs(16), None, Pairs(8), **settings, plugins=plugins)
+    assert caplog.text.count("num_images=3, but the inputs are no images [3, H, W]") == 1
+    assert set(read(tmp_path / "a")["val_loss"]) == {2, 4}
+    assert pictures(tmp_path / "a") == {}
+    train_tiny(plugins=[LogTensorboard(str(tmp_path / "b"), num_images=3)], num_epochs=1)
+    assert "num_images=3, but there is no val_dataset: no examples are drawn" in caplog.text
+
+
+def test_hyper_parameters_of_any_type_become_numbers_and_strings() -> None:
+    given = {"zero": 0, "none": None, "nested": {"a": (1, None)}, "curve": LrSchedulerConfig(), "path": Path("x")}
+    described = flat({**given, "plugins": ["ema", Dies(3)], "half": 0.5, "flag": False})
+    assert described["plugins"] == "ema, Dies"
+    assert described["nested/a"] == "1, None"
+    assert described["curve/name"] == "cosine_annealing"
+    assert (described["zero"], described["half"], described["flag"], described["path"]) == (0, 0.5, False, "x")
+    assert "none" not in described
 
 
 def test_nothing_is_written_before_there_is_something_to_say(tmp_path: Path) -> None:

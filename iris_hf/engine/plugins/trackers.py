@@ -162,7 +162,10 @@ class LogTracker(Plugin):
         else:
             means.update({f"learning_rate/{k}": rate for k, rate in enumerate(self._rates)})
         means["examples_per_second"] = state.examples_per_step / seconds
+        is_open = self._tracker is not None
         self._send(state, {**means, **peak_memory(state.accelerator)})
+        if not is_open:
+            self._means.start_clock()  # opening a tracker can take seconds, which no step needs
 
     def _send(self, state: TrainState, values: dict[str, float]) -> None:
         if state.is_main_process:
