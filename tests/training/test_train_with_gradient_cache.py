@@ -3,6 +3,7 @@
 import inspect
 import logging
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -175,3 +176,22 @@ def test_a_classifier_with_a_criterion_trains_with_the_cache() -> None:
     plain, cached = (run(Net(), Tensors(60), val_dataset=Tensors(20), **c) for c in ({}, {"sub_batch_size": 5}))
     assert cached[1].losses == pytest.approx(plain[1].losses, rel=1e-5)
     assert cached[1].val_losses == pytest.approx(plain[1].val_losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"num_kept_graphs": 0}, {"num_kept_graphs": 2}, {"memory_budget_in_mb": 1.0}])
+def test_a_step_leaves_nothing_of_its_batch_in_memory(settings: dict[str, Any]) -> None:
+    """Also of the first, whose graph is measured."""
+    alive: list[list[Any]] = []
+    batches: list[weakref.ref[Tensor]] = []
+
+    class Watch(iris_hf.Plugin):
+        def transform_batch(self, batch: Any) -> Any:
+            batches.append(weakref.ref(batch[0][0]))
+            return batch
+
+        def on_step_end(self, state: iris_hf.TrainState) -> None:
+            alive.append([reference() for reference in batches])
+
+    run(TwoTowers(), Pairs(24), sub_batch_size=3, num_epochs=2, plugins=[Watch()], **settings)
+    assert alive
+    assert all(batch is None for step in alive for batch in step)
