@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import torch.utils.data
+from datasets.distributed import split_dataset_by_node
 
 from iris_hf.data.columns import IGNORE_INDEX, Layout, find_layout
 from iris_hf.data.hf_targets import check_mask_size, read_classes, read_targets
@@ -192,6 +194,41 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
         for position, table in enumerate(self._tables()):
             yield _examples(table, self.layout, [position])[0]
 
+    @property
+    def num_shards(self) -> int:
+        """Files or other sources that the data set reads one after another."""
+        return int(self.hf_dataset.num_shards)
+
+    @property
+    def is_split_by_node(self) -> bool:
+        """Whether these are the rows of one process, by `split_dataset_by_node`."""
+        return self.hf_dataset._distributed is not None
+
+    def iter_rows(self, epoch: int, *, part: int = 0, num_parts: int = 1) -> Iterator[dict[str, Any]]:
+        """Iterate over the rows of one epoch without decoding them, whatever other iterations do meanwhile.
+
+        Args:
+            epoch: Seeds a shuffled data set, as :meth:`set_epoch` does, but for this iteration alone.
+            part: Which part of the rows to read, from 0.
+            num_parts: Parts that the rows are divided into by shards, as `split_dataset_by_node` does; it has to divide
+                the number of shards.
+        """
+        rows = self._rows.with_format(None)  # another object: loader workers share the epoch of the same one
+        rows._ex_iterable = _without_history(rows._ex_iterable)
+        if num_parts > 1:
+            rows = split_dataset_by_node(rows, rank=part, world_size=num_parts)
+        rows.set_epoch(epoch)
+        return iter(rows)
+
+    def make_example(self, row: dict[str, Any], position: int) -> tuple[Any, Any]:
+        """Make (RGB image, target) of a row.
+
+        Args:
+            row: From :meth:`iter_rows`.
+            position: What error messages call it.
+        """
+        return _examples(self._table(row), self.layout, [position])[0]
+
     def iter_encoded(self) -> Iterator[tuple[Any, Any]]:
         """Iterate over (raw input, target) with images as encoded bytes."""
         for position, table in enumerate(self._tables()):
@@ -223,7 +260,10 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
 
     def _tables(self) -> Iterator[pa.Table]:
         for row in self._rows:
-            yield pa.table({name: pa.array([row[name]], type=kind) for name, kind in self._types.items()})
+            yield self._table(row)
+
+    def _table(self, row: dict[str, Any]) -> pa.Table:
+        return pa.table({name: pa.array([row[name]], type=kind) for name, kind in self._types.items()})
 
 
 def _whole_columns(dataset: datasets.Dataset, columns: list[str]) -> pa.Table:
@@ -236,6 +276,20 @@ def _whole_columns(dataset: datasets.Dataset, columns: list[str]) -> pa.Table:
     if order is None or any(isinstance(feature, datasets.Image) for feature in _leaves(dataset.features, columns)):
         return dataset.with_format("arrow").select_columns(columns)[:]
     return dataset.data.table.select(columns).combine_chunks().take(order.column(0))
+
+
+def _without_history(ex_iterable: Any) -> Any:
+    """Copy the steps of a stream, but not its data.
+
+    `datasets` notes in them how far an iteration has come, which another iteration of the same steps resets, and up to
+    5.0.1 the seeds of an epoch, on which the next epoch's would build.
+    """
+    ex_iterable = copy.copy(ex_iterable)
+    if hasattr(ex_iterable, "ex_iterable"):
+        ex_iterable.ex_iterable = _without_history(ex_iterable.ex_iterable)
+    if hasattr(ex_iterable, "ex_iterables"):
+        ex_iterable.ex_iterables = [_without_history(source) for source in ex_iterable.ex_iterables]
+    return ex_iterable
 
 
 def _leaves(features: datasets.Features, columns: list[str]) -> list[Any]:

@@ -2,14 +2,16 @@
 
 The loop asks for *keys* `(epoch, index)`, and an example is a pure function of its key and the seed. So
 loader workers keep no state, an epoch can start anywhere, and every world size sees the same examples.
+Streams, which are read forward, come in by the same door: :mod:`iris_hf.engine.streams`.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence, Sized
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -48,16 +50,85 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Patched:
-    """A batch in which good examples stand for bad ones.
+class Reported:
+    """A batch, and what the loop has to know of it.
 
     Attributes:
-        batch: The batch.
-        skipped: Index of each bad example, and what was wrong with it.
+        batch: The batch; None after the end of a stream.
+        skipped: Label of each bad example that a good one stands for, and what was wrong with it.
+        place: Where in a stream it was read, see :meth:`Source.place`.
     """
 
     batch: Any
-    skipped: dict[int, str]
+    skipped: dict[int | str, str]
+    place: Any = None
+
+    def pin_memory(self) -> Reported:
+        """Return the same in page-locked memory; DataLoader calls this."""
+        return replace(self, batch=_pinned(self.batch))
+
+
+class Source(ABC):
+    """Where :class:`Examples` come from."""
+
+    @abstractmethod
+    def keys(self, request: Any) -> Sequence[Key]:
+        """Make ready what a batch needs, and return the keys of its examples.
+
+        Args:
+            request: What the sampler yielded.
+        """
+
+    @abstractmethod
+    def read(self, key: Key) -> Any:
+        """Return a raw example."""
+
+    @abstractmethod
+    def label(self, key: Key) -> int | str:
+        """Return what messages call an example, after the word "Example"."""
+
+    @abstractmethod
+    def others(self, key: Key) -> Iterable[Key]:
+        """Return what may stand for an example that cannot be made, nearest first."""
+
+    def place(self) -> Any:
+        """Return what the loop has to know of where the last request was read; None where that says nothing."""
+        return None
+
+
+class Indexed(Source):
+    """A map-style dataset.
+
+    Attributes:
+        dataset: index -> raw example. Its `set_epoch` is called where it has one.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+        self._epoch: int | None = None
+
+    def keys(self, request: Sequence[Key]) -> Sequence[Key]:
+        """Return the keys that the sampler yielded."""
+        return request
+
+    def read(self, key: Key) -> Any:
+        """See :class:`Source`."""
+        epoch, index = key
+        if epoch != self._epoch:
+            self._epoch = epoch
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(epoch)
+        return self.dataset[index]
+
+    def label(self, key: Key) -> int:
+        """Return the index."""
+        return key[1]
+
+    def others(self, key: Key) -> Iterable[Key]:
+        """Return the hundred examples that follow."""
+        epoch, index = key
+        num_examples = len(cast(Sized, self.dataset))
+        return [(epoch, other % num_examples) for other in range(index + 1, index + min(num_examples, 101))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +156,17 @@ class Examples(Dataset[Any]):
     """Transformed examples by key.
 
     Attributes:
-        dataset: index -> `(raw_input, target)`, or a bare input where `targets_required` is False.
+        source: Gives raw examples: `(raw_input, target)`, or a bare input where `targets_required` is False.
         transform: `(raw_input, target) -> (input, target)`.
         seed: The run's seed.
         targets_required: Whether an example without a target is an error.
         check: What is checked of the transformed target; nothing when None.
-        skips: Whether the next good example of the dataset stands for one that cannot be made.
+        skips: Whether the next good example of the source stands for one that cannot be made.
     """
 
     def __init__(
         self,
-        dataset: Dataset[Any],
+        source: Dataset[Any] | Source,
         transform: Transform | None,
         *,
         seed: int,
@@ -103,16 +174,15 @@ class Examples(Dataset[Any]):
         check: TargetCheck | None = None,
         skips: bool = False,
     ) -> None:
-        self.dataset = dataset
+        self.source = source if isinstance(source, Source) else Indexed(source)
         self.transform = as_pair_transform(transform)
         self.seed = seed
         self.targets_required = targets_required
         self.check = check
         self.skips = skips
-        self._epoch: int | None = None
         self._draws = False
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Any, Any]] | Failure:
+    def __getitems__(self, request: Any) -> list[tuple[Any, Any]] | Failure:
         """Return the examples of one batch, or the first failure among them.
 
         An example that draws random numbers gets the global generators seeded by its key. Most data sets draw
@@ -120,11 +190,15 @@ class Examples(Dataset[Any]):
         on generators in a known state. If they are still in it, the batch is right whatever the seeds; otherwise
         it is made again, and from then on every example is seeded.
         """
-        if not self._draws:
-            examples, self._draws = self._undrawn(keys)
+        try:
+            keys = self.source.keys(request)
             if not self._draws:
-                return examples
-        return self._make(keys, seeded=True)
+                examples, self._draws = self._undrawn(keys)
+                if not self._draws:
+                    return examples
+            return self._make(keys, seeded=True)
+        except DataError as error:  # of a stream: there is no example that it is about
+            return Failure(error)
 
     def _undrawn(self, keys: Sequence[Key]) -> tuple[list[tuple[Any, Any]] | Failure, bool]:
         """Return the batch, and whether making it drew random numbers."""
@@ -134,39 +208,35 @@ class Examples(Dataset[Any]):
 
     def _make(self, keys: Sequence[Key], *, seeded: bool) -> list[tuple[Any, Any]] | Failure:
         examples = _Made()
-        for epoch, index in keys:
-            example = self._try(epoch, index, seeded=seeded)
+        for key in keys:
+            example = self._try(key, seeded=seeded)
             if isinstance(example, Failure) and self.skips:
-                examples.skipped[index] = str(example.error)
-                example = self._next_good(epoch, index, example, seeded=seeded)
+                examples.skipped[self.source.label(key)] = str(example.error)
+                example = self._next_good(key, example, seeded=seeded)
             if isinstance(example, Failure):
                 return example
             examples.append(example)
+        examples.place = self.source.place()
         return examples
 
-    def _try(self, epoch: int, index: int, *, seeded: bool) -> tuple[Any, Any] | Failure:
+    def _try(self, key: Key, *, seeded: bool) -> tuple[Any, Any] | Failure:
         try:
             if seeded:
-                seed_generators(mix(self.seed, EXAMPLE, epoch, index))
-            return self._example(epoch, index)
+                seed_generators(mix(self.seed, EXAMPLE, *key))
+            return self._example(key)
         except Exception as error:
-            return Failure(failure_of(f"Example {index}", error))
+            return Failure(failure_of(f"Example {self.source.label(key)}", error))
 
-    def _next_good(self, epoch: int, index: int, failure: Failure, *, seeded: bool) -> tuple[Any, Any] | Failure:
+    def _next_good(self, key: Key, failure: Failure, *, seeded: bool) -> tuple[Any, Any] | Failure:
         """Return the next example that can be made; the failure where a hundred in a row cannot."""
-        num_examples = len(cast(Sized, self.dataset))
-        for other in range(index + 1, index + min(num_examples, 101)):
-            example = self._try(epoch, other % num_examples, seeded=seeded)
+        for other in self.source.others(key):
+            example = self._try(other, seeded=seeded)
             if not isinstance(example, Failure):
                 return example
         return failure
 
-    def _example(self, epoch: int, index: int) -> tuple[Any, Any]:
-        if epoch != self._epoch:
-            self._epoch = epoch
-            if hasattr(self.dataset, "set_epoch"):
-                self.dataset.set_epoch(epoch)
-        item = self.dataset[index]
+    def _example(self, key: Key) -> tuple[Any, Any]:
+        item = self.source.read(key)
         if isinstance(item, tuple) and len(item) == 2:
             raw_input, target = item
         elif self.targets_required:
@@ -183,10 +253,11 @@ class Examples(Dataset[Any]):
 
 
 class _Made(list[tuple[Any, Any]]):
-    """Examples, and those that others stand for."""
+    """Examples, those that others stand for, and where they were read."""
 
     def __init__(self) -> None:
-        self.skipped: dict[int, str] = {}
+        self.skipped: dict[int | str, str] = {}
+        self.place: Any = None
 
 
 class Collator:
@@ -195,16 +266,17 @@ class Collator:
     def __init__(self, collate_function: CollateFunction | None) -> None:
         self.collate_function = collate_function or collate
 
-    def __call__(self, examples: list[tuple[Any, Any]] | Failure) -> tuple[Any, Any] | Patched | Failure:
+    def __call__(self, examples: list[tuple[Any, Any]] | Failure) -> tuple[Any, Any] | Reported | Failure:
         """Return the batch."""
         if isinstance(examples, Failure):
             return examples
         try:
-            batch = self.collate_function(examples)
+            batch = self.collate_function(examples) if examples else None
         except Exception as error:
             return Failure(failure_of("The collate function", error))
-        skipped = examples.skipped if isinstance(examples, _Made) else {}
-        return Patched(batch, skipped) if skipped else batch
+        if isinstance(examples, _Made) and (examples.skipped or examples.place is not None):
+            return Reported(batch, examples.skipped, examples.place)
+        return cast(tuple[Any, Any], batch)
 
 
 class EpochBatches(Sampler[list[Key]]):
@@ -213,17 +285,29 @@ class EpochBatches(Sampler[list[Key]]):
     The order of epoch `e` is a permutation that depends on the seed and `e`. One *global* micro-batch
     holds `batch_size * world_size` consecutive examples of it, and rank `r` takes the r-th part: every
     world size sees the same global batches. The incomplete one at the end is dropped. A dataset with
-    fewer than `min_examples` examples is gone through several times, each example equally often but
-    for one.
+    fewer than `min_examples` examples, or fewer than `examples_per_epoch`, is gone through several times, each
+    example equally often but for one.
 
     Attributes:
         epoch: The epoch that the next iteration yields.
         start: The first micro-batch that the next iteration yields; later ones start at 0 again.
         batches_per_epoch: Micro-batches of this rank in an epoch.
+        num_parts: None; a number of parts is what streams have.
+        origins: Empty; see :class:`iris_hf.engine.streams.StreamBatches`.
     """
 
+    num_parts: int | None = None
+
     def __init__(
-        self, num_examples: int, *, batch_size: int, min_examples: int, seed: int, rank: int, world_size: int
+        self,
+        num_examples: int,
+        *,
+        batch_size: int,
+        min_examples: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        examples_per_epoch: int | None = None,
     ) -> None:
         self.num_examples = num_examples
         self.batch_size = batch_size
@@ -232,7 +316,8 @@ class EpochBatches(Sampler[list[Key]]):
         self.world_size = world_size
         self.epoch = 0
         self.start = 0
-        self.examples_per_epoch = max(num_examples, min_examples)
+        self.origins: dict[int, tuple[int, int]] = {}
+        self.examples_per_epoch = examples_per_epoch or max(num_examples, min_examples)
         self.batches_per_epoch = self.examples_per_epoch // (batch_size * world_size)
 
     def __len__(self) -> int:
@@ -280,6 +365,10 @@ class OrderedBatches(Sampler[list[Key]]):
         for batch in self.batches:
             yield [(self.epoch, index) for index in batch]
 
+    def walk(self, loader: Iterable[Any]) -> Iterator[tuple[range, Any]]:
+        """Yield what the loader gives, and which examples that are."""
+        return zip(self.batches, loader, strict=True)
+
 
 def count_examples(dataset: Dataset[Any], what: str) -> int:
     """Return the dataset's length.
@@ -301,7 +390,7 @@ def count_examples(dataset: Dataset[Any], what: str) -> int:
 
 def make_loader(
     examples: Examples,
-    batches: EpochBatches | OrderedBatches | Sequence[list[Key]],
+    batches: Sampler[Any] | Sequence[list[Key]],
     *,
     collate_function: CollateFunction | None,
     num_workers: int,
@@ -322,7 +411,9 @@ def make_loader(
     """
     if num_workers < 0:
         raise ConfigError(f"num_dataloader_workers must not be negative, got {num_workers}.")
-    num_workers = min(num_workers, len(batches), available_cores())
+    num_workers = min(num_workers, available_cores())
+    if isinstance(batches, Sized):
+        num_workers = min(num_workers, len(batches))
     return DataLoader(
         examples,
         batch_sampler=batches,
@@ -363,6 +454,10 @@ def to_device(data: Any, device: torch.device) -> Any:
     if isinstance(data, torch.Tensor):
         return data.to(device, non_blocking=True)
     return map_nested(lambda item: to_device(item, device), data)
+
+
+def _pinned(data: Any) -> Any:
+    return data.pin_memory() if isinstance(data, torch.Tensor) else map_nested(_pinned, data)
 
 
 def map_nested(function: Callable[[Any], Any], data: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-ORDER, EXAMPLE, STEP, VALIDATION, PREDICTION = range(5)
+ORDER, EXAMPLE, STEP, VALIDATION, PREDICTION, READING = range(6)
 """What a stream of random numbers is for; streams of different purpose never coincide."""
 
 _MASK = (1 << 64) - 1

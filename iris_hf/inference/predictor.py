@@ -17,13 +17,13 @@ from iris_hf.engine.loader import (
     Failure,
     OrderedBatches,
     closing_workers,
-    count_examples,
     make_loader,
     map_nested,
     to_device,
 )
 from iris_hf.engine.plugins import Plugin, PluginList, PredictState, load_plugins
 from iris_hf.engine.rng import PREDICTION, mix, preserve_generators, seed_generators
+from iris_hf.engine.streams import StreamOnce, batches_once
 from iris_hf.errors import ConfigError, DataError, noted
 from iris_hf.models.steps import Predictor, as_predictor
 from iris_hf.types import CollateFunction, Transform
@@ -62,7 +62,7 @@ def predict(
     Batches hold the same examples at every world size, so the numbers are the same too.
 
     Args:
-        dataset: index -> `(raw_input, target)`, or a bare input that is not a pair.
+        dataset: index -> `(raw_input, target)`, or a bare input that is not a pair. Or a stream of those.
         model: Has `prediction_step(inputs)`, or `predictor` and `forward`, or `forward`. It runs in eval mode and
             comes back as it was.
         transform: `(raw_input, target) -> (input, target)`, or image-only; None leaves examples as they are.
@@ -104,16 +104,17 @@ def _predict_here(
 ) -> PredictResult:
     """Predict in this process, as one rank of its launcher's world."""
     plugin_list = load_plugins(plugins, before=getattr(model, "plugins", ()))
-    num_examples = count_examples(dataset, "dataset")
     with open_accelerator(device, **plugin_list.accelerator_options()) as accelerator:
-        batches = OrderedBatches(
-            num_examples,
+        source, batches = batches_once(
+            dataset,
+            "dataset",
             batch_size=batch_size,
+            seed=0,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
         loader = make_loader(
-            Examples(dataset, transform, seed=0, targets_required=False),
+            Examples(source, transform, seed=0, targets_required=False),
             batches,
             collate_function=collate_function,
             num_workers=num_dataloader_workers,
@@ -126,22 +127,27 @@ def _predict_here(
         ):
             predictor = as_predictor(plugin_list.transform("transform_model", model))
             with _lent(predictor, accelerator.device):
-                predictions, targets = _run(accelerator, plugin_list, predictor, loader, batches)
-        return PredictResult(_joined(_gathered(predictions)), _joined(_gathered(targets)))
+                results = _gathered(_run(accelerator, plugin_list, predictor, loader, batches))
+        return PredictResult(*(_joined([result[i] for result in results]) for i in (1, 2)))
 
 
 @torch.no_grad()
 def _run(
-    accelerator: Accelerator, plugins: PluginList, predictor: Predictor, loader: Any, batches: OrderedBatches
-) -> tuple[list[Any], list[Any]]:
-    """Return this rank's predictions and targets, batch by batch, on the CPU."""
+    accelerator: Accelerator,
+    plugins: PluginList,
+    predictor: Predictor,
+    loader: Any,
+    batches: OrderedBatches | StreamOnce,
+) -> list[tuple[int, Any, Any]]:
+    """Return the first example, the predictions and the targets of this rank's batches, on the CPU."""
     from accelerate.utils.operations import convert_to_fp32
 
     model = predictor.model
-    state = PredictState(accelerator=accelerator, model=model, num_batches=len(batches))
-    predictions, targets = [], []
+    num_batches = len(batches) if isinstance(batches, OrderedBatches) else None
+    state = PredictState(accelerator=accelerator, model=model, num_batches=num_batches)
+    results = []
     plugins.notify("on_prediction_start", state)
-    for batch, keys in zip(loader, batches.batches, strict=True):
+    for keys, batch in batches.walk(loader):
         if isinstance(batch, Failure):
             batch.reraise()
         inputs, batch_targets = batch
@@ -162,12 +168,11 @@ def _run(
                 f"{where} the collate function gave {_count(batch_targets)} as targets. "
                 f"It has to give one per example, here {len(keys)}: a tensor [N, ...] or a list."
             )
-        predictions.append(batch_predictions)
-        targets.append(_own(batch_targets))
+        results.append((keys.start, batch_predictions, _own(batch_targets)))
         state.batch += 1
         plugins.notify("on_prediction_batch_end", state)
     plugins.notify("on_prediction_end", state)
-    return predictions, targets
+    return results
 
 
 @contextmanager
@@ -184,11 +189,17 @@ def _lent(model: nn.Module, device: torch.device) -> Iterator[None]:
             module.training = training
 
 
-def _gathered(batches: list[Any]) -> list[Any]:
-    """Return the batches of all ranks, in dataset order, on every rank."""
+def _gathered(results: list[tuple[int, Any, Any]]) -> list[tuple[int, Any, Any]]:
+    """Return the results of all ranks, in dataset order, on every rank.
+
+    Raises:
+        DataError: If there are none: the stream was empty.
+    """
     from accelerate.utils import gather_object
 
-    gathered: list[Any] = gather_object(batches)
+    gathered: list[tuple[int, Any, Any]] = sorted(gather_object(results), key=lambda result: result[0])
+    if not gathered:
+        raise DataError("dataset is empty.")
     return gathered
 
 

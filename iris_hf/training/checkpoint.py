@@ -55,7 +55,7 @@ class RunFacts:
 
     Attributes:
         random_seed: The seed.
-        num_examples: Examples in the train set.
+        num_examples: Examples in the train set; None for a stream of unknown length.
         examples_per_step: Examples of all processes in a full step.
         num_epochs: Epochs asked for, which the learning-rate curve depends on.
         steps_per_epoch: Optimizer steps in an epoch.
@@ -65,10 +65,11 @@ class RunFacts:
         weight_decay: The weight decay.
         momentum: The momentum.
         nesterov: Whether it is Nesterov's.
+        num_stream_parts: Parts that a stream is read in; None for a map-style data set.
     """
 
     random_seed: int
-    num_examples: int
+    num_examples: int | None
     examples_per_step: int
     num_epochs: int
     steps_per_epoch: int
@@ -78,6 +79,7 @@ class RunFacts:
     weight_decay: float
     momentum: float
     nesterov: bool
+    num_stream_parts: int | None = None
 
 
 @dataclass(frozen=True)

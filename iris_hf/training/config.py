@@ -62,6 +62,7 @@ class TrainConfig:
     keep_checkpoints: int
     resume: str | Path | None
     on_bad_example: Literal["raise", "skip"]
+    steps_per_epoch: int | None
 
     def __post_init__(self) -> None:
         for name in (
@@ -73,6 +74,7 @@ class TrainConfig:
             "checkpoint_steps",
             "checkpoint_epochs",
             "keep_checkpoints",
+            "steps_per_epoch",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

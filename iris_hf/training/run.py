@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from iris_hf.engine.loader import EpochBatches, Failure, OrderedBatches, Patched
+from iris_hf.engine.loader import EpochBatches, Failure, OrderedBatches, Reported
 from iris_hf.engine.plugins import Plugin, PluginList, TrainState
 from iris_hf.engine.rng import STEP, VALIDATION, mix, seed_generators
-from iris_hf.errors import ConfigError, noted
+from iris_hf.engine.streams import StreamBatches, StreamOnce
+from iris_hf.errors import ConfigError, DataError, noted
 from iris_hf.training.checkpoint import Checkpoint, CheckpointWriter, Preempted, Progress, RunFacts, TerminationFlag
 from iris_hf.training.config import TrainConfig
 from iris_hf.training.optimizers import build_optimizer, parameter_groups
@@ -55,7 +56,7 @@ class TrainingRun:
         module: Stepper,
         make_pass: Callable[..., Pass],
         loader: Any,
-        batches: EpochBatches,
+        batches: EpochBatches | StreamBatches,
         seed: int,
     ) -> None:
         self.config = config
@@ -65,10 +66,10 @@ class TrainingRun:
         self.batches = batches
         self.seed = seed
         self.val_loader: Any = None
-        self.val_batches: OrderedBatches | None = None
+        self.val_batches: OrderedBatches | StreamOnce | None = None
         self.writer: CheckpointWriter | None = None
         self.termination = TerminationFlag(accelerator)
-        self.skipped: dict[int, str] = {}
+        self.skipped: dict[int | str, str] = {}
         self._plugin_states: dict[str, Any] = {}
 
         module.to(accelerator.device)
@@ -146,10 +147,10 @@ class TrainingRun:
 
         skipped = {index: why for rank in gather_object([self.skipped]) for index, why in rank.items()}
         if skipped and self.accelerator.is_main_process:
-            indices = sorted(skipped)
+            labels = sorted(skipped, key=lambda label: (len(str(label)), str(label)))
             logger.warning(
                 "%d bad examples of the train set were skipped, and others took their places: %s. The first: %s",
-                *(len(indices), ", ".join(map(str, indices)), skipped[indices[0]]),
+                *(len(labels), ", ".join(map(str, labels)), skipped[labels[0]]),
             )
 
     def is_over(self) -> bool:
@@ -181,11 +182,12 @@ class TrainingRun:
                 self.leave_if_terminated()
         self.plugins.notify("on_epoch_end", state)
 
-    def facts(self, num_examples: int) -> RunFacts:
+    def facts(self) -> RunFacts:
         """Return what makes this run the same as another."""
         return RunFacts(
             random_seed=self.seed,
-            num_examples=num_examples,
+            num_examples=self.batches.num_examples,
+            num_stream_parts=self.batches.num_parts,
             examples_per_step=self.state.examples_per_step,
             num_epochs=self.state.num_epochs,
             steps_per_epoch=self.state.steps_per_epoch,
@@ -217,6 +219,7 @@ class TrainingRun:
                 "plugins": {name: saved for name, plugin in self.named_plugins() if (saved := plugin.state_dict())},
                 "val_metrics": dict(state.val_metrics),
                 "skipped": dict(self.skipped),
+                "origins": dict(self.batches.origins),
             },
         )
 
@@ -246,7 +249,9 @@ class TrainingRun:
             )
         self._plugin_states = own["plugins"]
         for rank in range(checkpoint.world_size):
-            self.skipped.update(checkpoint.of_rank(rank)["skipped"])
+            of_rank = checkpoint.of_rank(rank)
+            self.skipped.update(of_rank["skipped"])
+            self.batches.origins.update(of_rank.get("origins", {}))
         progress = checkpoint.progress
         self.state.epoch, self.state.step = progress.epoch, progress.step
         self.state.val_loss, self.state.val_metrics = progress.val_loss, own["val_metrics"]
@@ -288,7 +293,7 @@ class TrainingRun:
         results = []
         scaler = self.accelerator.scaler
         for position in range(count):
-            batch = self.take(batches)
+            batch = self.take(next(batches))
             seed_generators(
                 mix(self.seed, STEP, self.state.step, position, self.accelerator.process_index), self.accelerator.device
             )
@@ -307,13 +312,13 @@ class TrainingRun:
             scaler.update()
         self.optimizer.zero_grad()
 
-    def take(self, batches: Iterator[Any]) -> tuple[Any, Any]:
-        """Return the next batch, placed for the pass, or raise the error that it could not be made for."""
-        batch = next(batches)
+    def take(self, batch: Any) -> tuple[Any, Any]:
+        """Return a batch placed for the pass, or raise the error that it could not be made for."""
         if isinstance(batch, Failure):
             batch.reraise()
-        if isinstance(batch, Patched):
+        if isinstance(batch, Reported):
             self.skipped.update(batch.skipped)
+            self.batches.origins.update(batch.place or {})
             batch = batch.batch
         return self.pass_.place(batch)
 
@@ -335,18 +340,19 @@ class TrainingRun:
         self.module.eval()
         self.plugins.notify("on_validation_start", state)
         loss_sum, count = torch.zeros((), device=accelerator.device), 0
-        batches = iter(self.val_loader)
-        for batch in self.val_batches.batches:
-            inputs, targets = self.take(batches)
-            seed_generators(mix(self.seed, VALIDATION, state.epoch, batch.start), accelerator.device)
+        for examples, batch in self.val_batches.walk(self.val_loader):
+            inputs, targets = self.take(batch)
+            seed_generators(mix(self.seed, VALIDATION, state.epoch, examples.start), accelerator.device)
             with self.noted():
-                loss_sum += self.pass_.loss(inputs, targets).float() * len(batch)
+                loss_sum += self.pass_.loss(inputs, targets).float() * len(examples)
                 if watching := self.plugins.hooks("on_validation_batch"):
                     for part in self.pass_.parts(inputs, targets):
                         for watch in watching:
                             watch(state, part)
-            count += len(batch)
+            count += len(examples)
         losses, counts = zip(*gather_object([(loss_sum.item(), count)]), strict=True)
+        if not sum(counts):
+            raise DataError("val_dataset is empty.")
         state.val_loss = sum(losses) / sum(counts)
         state.val_metrics = {k: v for hook in self.plugins.hooks("validation_metrics") for k, v in hook(state).items()}
         self.module.train(was_training)

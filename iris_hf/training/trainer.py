@@ -17,17 +17,10 @@ from torch.utils.data import Dataset
 
 from iris_hf.engine.accelerator import Device, agree_on_seed, draw_seed, needs_local_workers, open_accelerator
 from iris_hf.engine.launch import run_in_workers
-from iris_hf.engine.loader import (
-    EpochBatches,
-    Examples,
-    OrderedBatches,
-    TargetCheck,
-    closing_workers,
-    count_examples,
-    make_loader,
-)
+from iris_hf.engine.loader import Examples, Source, TargetCheck, closing_workers, make_loader
 from iris_hf.engine.plugins import Plugin, PluginList, load_plugins
 from iris_hf.engine.rng import STEP, mix, preserve_generators, seed_generators
+from iris_hf.engine.streams import batches_once, training_batches
 from iris_hf.errors import ConfigError
 from iris_hf.models.steps import as_cacheable, as_trainable
 from iris_hf.training.checkpoint import CheckpointWriter, find_checkpoint
@@ -92,6 +85,7 @@ def train(
     keep_checkpoints: int = 2,
     resume: str | Path | None = None,
     on_bad_example: Literal["raise", "skip"] = "raise",
+    steps_per_epoch: int | None = None,
 ) -> TrainResult:
     """Train a copy of a model on Accelerate.
 
@@ -103,14 +97,23 @@ def train(
     such as dropout masks, draws others on other ranks.) A train set smaller than one full step is gone through
     several times per epoch.
 
+    A streaming train set, such as `from_hf` makes of a streaming Hugging Face data set, is read in its own order:
+    shuffle it there, with a seed. When it ends, its next pass begins (`set_epoch` chooses another order of a shuffled
+    one), in the middle of an epoch if need be. Give every process the whole stream. If its shards can be divided
+    evenly by the number of processes, each process reads its own; otherwise each reads all and decodes its own
+    examples, and the global batches are the same on any number of processes. Likewise every loader worker reads all
+    that its process reads, and decodes its own batches. What is drawn for an example depends on the seed, the pass and
+    the example's number. Resuming reads forward to where the run was; a run that was divided by shards keeps that
+    division on another number of processes too.
+
     BatchNorm sees its own process's part of a batch; its statistics are averaged over the processes before each
     validation and at the end. The caller's model and random generators stay as they are.
 
     Args:
         model: Has `training_step(inputs, targets) -> {"loss": scalar}`, or `criterion` and `forward`.
-        train_dataset: index -> `(raw_input, target)`.
+        train_dataset: index -> `(raw_input, target)`. Or a stream: a torch IterableDataset of such pairs.
         train_transform: `(raw_input, target) -> (input, target)`, or image-only; None leaves examples as they are.
-        val_dataset: Gone through at intervals; each example counts once in the validation loss.
+        val_dataset: Gone through at intervals; each example counts once in the validation loss. May be a stream.
         val_transform: As `train_transform`, for validation.
         collate_function: list of `(input, target)` -> `(inputs_batch, targets_batch)`; the contract's rules when None.
         num_epochs: Times that every example is used.
@@ -150,7 +153,10 @@ def train(
             steps up to rounding.
         on_bad_example: What happens when a train example cannot be read, transformed or checked. `raise`: an error
             that names it. `skip`: the next good example takes its place, so that batches keep their size on every
-            process; a warning at the end counts and names those skipped.
+            process; a warning at the end counts and names those skipped. An error of a stream itself is always raised.
+        steps_per_epoch: Optimizer steps in an epoch. Needed for a stream without `__len__`. None: as many as a pass
+            over the data set has, of a stream without the incomplete one. A map-style data set is shuffled anew in
+            every epoch, and its first examples are used, or all of them several times.
 
     Returns:
         The trained model and the elapsed time in seconds.
@@ -270,9 +276,6 @@ def fit(
     wrap(model)  # a model that cannot be trained is an error before it is copied
     if val_dataset is None and (config.val_check_interval or config.val_check_interval_epoch):
         logger.warning("A validation interval is given, but no val_dataset: nothing is validated.")
-    if val_dataset is not None:
-        count_examples(val_dataset, "val_dataset")
-    num_examples = count_examples(train_dataset, "train_dataset")
 
     with open_accelerator(config.device, **_accelerator_options(config, plugins)) as accelerator:
         _check_strategy(accelerator)
@@ -281,31 +284,32 @@ def fit(
         seed = agree_on_seed(config.random_seed if config.random_seed is not None else drawn)
         with preserve_generators(accelerator.device), plugins.running():
             seed_generators(mix(seed, STEP), accelerator.device)
-            batches = EpochBatches(
-                num_examples,
+            world: dict[str, int] = {
+                "seed": seed,
+                "rank": accelerator.process_index,
+                "world_size": accelerator.num_processes,
+            }
+            source, batches = training_batches(
+                train_dataset,
                 batch_size=config.batch_size,
-                min_examples=config.batch_size * config.accumulation * accelerator.num_processes,
-                seed=seed,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
+                accumulation=config.accumulation,
+                steps_per_epoch=config.steps_per_epoch,
+                num_parts=None if checkpoint is None else checkpoint.facts.num_stream_parts,
+                **world,
             )
-            if batches.examples_per_epoch > num_examples:
-                logger.info(
-                    "An epoch uses %d of %d examples, some repeatedly.", batches.examples_per_epoch, num_examples
-                )
             module = wrap(plugins.transform("transform_model", copy.deepcopy(model)))
             check = TargetCheck.of(model)
 
-            def loader(dataset: Dataset[Any], transform: Transform | None, batches: Any, *, skips: bool = False) -> Any:
+            def loader(source: Source, transform: Transform | None, batches: Any, *, skips: bool = False) -> Any:
                 return make_loader(
-                    Examples(dataset, transform, seed=seed, targets_required=True, check=check, skips=skips),
+                    Examples(source, transform, seed=seed, targets_required=True, check=check, skips=skips),
                     batches,
                     collate_function=collate_function,
                     num_workers=config.num_dataloader_workers,
                     pin_memory=accelerator.device.type == "cuda",
                 )
 
-            train_loader = loader(train_dataset, train_transform, batches, skips=config.on_bad_example == "skip")
+            train_loader = loader(source, train_transform, batches, skips=config.on_bad_example == "skip")
             run = TrainingRun(
                 config,
                 accelerator=accelerator,
@@ -317,16 +321,12 @@ def fit(
                 seed=seed,
             )
             if val_dataset is not None:
-                run.val_batches = OrderedBatches(
-                    count_examples(val_dataset, "val_dataset"),
-                    batch_size=config.val_batch_size or config.batch_size,
-                    rank=accelerator.process_index,
-                    world_size=accelerator.num_processes,
-                )
-                run.val_loader = loader(val_dataset, val_transform, run.val_batches)
+                val_size = config.val_batch_size or config.batch_size
+                val_source, run.val_batches = batches_once(val_dataset, "val_dataset", batch_size=val_size, **world)
+                run.val_loader = loader(val_source, val_transform, run.val_batches)
             named = [getattr(each, "class_names", None) for each in (model, val_dataset, train_dataset)]
             run.state.class_names = next((names for names in named if names is not None), None)
-            facts = run.facts(num_examples)
+            facts = run.facts()
             if checkpoint is not None:
                 checkpoint.require(facts)
                 run.restore(checkpoint)

@@ -101,11 +101,11 @@ class PredictState(RunState):
     """A prediction run.
 
     Attributes:
-        num_batches: Batches that this rank goes through.
+        num_batches: Batches that this rank goes through; None for a stream, which tells at its end.
         batch: Batches done.
     """
 
-    num_batches: int
+    num_batches: int | None
     batch: int = 0
 
 

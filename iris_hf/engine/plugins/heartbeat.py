@@ -40,7 +40,8 @@ class Heartbeat(Plugin):
     def on_prediction_batch_end(self, state: PredictState) -> None:
         """Log the batch."""
         if self._is_due(state.is_main_process):
-            logger.info("Batch %d of %d is predicted.", state.batch, state.num_batches)
+            of_all = "" if state.num_batches is None else f" of {state.num_batches}"
+            logger.info("Batch %d%s is predicted.", state.batch, of_all)
 
     def _is_due(self, is_main_process: bool) -> bool:
         now = time.monotonic()
