@@ -7,15 +7,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import torch.utils.data
 from datasets.distributed import split_dataset_by_node
+from datasets.iterable_dataset import shift_ex_examples_rngs
 
 from iris_hf.data.columns import IGNORE_INDEX, Layout, find_layout
 from iris_hf.data.hf_targets import check_mask_size, read_classes, read_targets
 from iris_hf.data.images import decode_image, read_image_bytes
 from iris_hf.errors import ConfigError, DataError
 from iris_hf.types import TargetType
+
+_SHUFFLING_DISALLOWED: Any = getattr(datasets.iterable_dataset, "DataSourcesShufflingDisallowed", ())
+"""What `datasets` raises from 5.0 on; no exception before, where there is none to catch."""
 
 
 def from_hf(
@@ -208,13 +213,20 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
         """Iterate over the rows of one epoch without decoding them, whatever other iterations do meanwhile.
 
         Args:
-            epoch: Seeds a shuffled data set, as :meth:`set_epoch` does, but for this iteration alone.
+            epoch: Seeds a shuffled data set, as :meth:`set_epoch` does, but for this iteration alone. A data set that
+                was not shuffled has the same order in every epoch, where `datasets` would shuffle its shards.
             part: Which part of the rows to read, from 0.
             num_parts: Parts that the rows are divided into by shards, as `split_dataset_by_node` does; it has to divide
                 the number of shards.
         """
         rows = self._rows.with_format(None)  # another object: loader workers share the epoch of the same one
-        rows._ex_iterable = _without_history(rows._ex_iterable)
+        steps = _without_history(rows._ex_iterable)
+        epoch = epoch if _is_shuffled(steps) else 0
+        try:
+            steps.shuffle_data_sources(np.random.default_rng(epoch))
+        except _SHUFFLING_DISALLOWED:  # after skip and take: the buffers are shuffled anew, the shards stay in order
+            steps, epoch = shift_ex_examples_rngs(steps, epoch), 0  # as datasets 5.2 does; 5.0 fails
+        rows._ex_iterable = steps
         if num_parts > 1:
             rows = split_dataset_by_node(rows, rank=part, world_size=num_parts)
         rows.set_epoch(epoch)
@@ -290,6 +302,12 @@ def _without_history(ex_iterable: Any) -> Any:
     if hasattr(ex_iterable, "ex_iterables"):
         ex_iterable.ex_iterables = [_without_history(source) for source in ex_iterable.ex_iterables]
     return ex_iterable
+
+
+def _is_shuffled(ex_iterable: Any) -> bool:
+    """Whether a step of a stream draws random numbers, which an epoch reseeds."""
+    sources = [getattr(ex_iterable, "ex_iterable", None), *getattr(ex_iterable, "ex_iterables", ())]
+    return hasattr(ex_iterable, "shift_rngs") or any(map(_is_shuffled, filter(None, sources)))
 
 
 def _leaves(features: datasets.Features, columns: list[str]) -> list[Any]:

@@ -1,0 +1,48 @@
+"""Run by torchrun: trains on streams as the JSON on the command line says; rank 0 saves what came out."""
+
+import json
+import shutil
+import sys
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets.distributed import split_dataset_by_node
+from streams import Interrupt, Interruption, load, to_noisy_tensor, to_tensor, train_stream
+from tiny import Net
+
+import iris_hf
+
+
+def run(shards: str, buffer_size: int = 0, val: str | None = None, noisy: bool = False, **config: Any) -> Any:
+    if noisy:
+        config["train_transform"] = to_noisy_tensor
+    if val is not None:
+        config["val_dataset"] = iris_hf.from_hf(load(val))
+    if (interrupted := config.pop("interrupted_at", None)) is not None:
+        config["plugins"] = [Interrupt(interrupted)]
+    try:
+        weights, recorder = train_stream(iris_hf.from_hf(load(shards, buffer_size)), **config)
+    except Interruption:
+        state = PartialState()
+        state.wait_for_everyone()
+        if state.is_main_process:
+            shutil.copytree(config["checkpoint_dir"], config["checkpoint_dir"] + "-copy")
+        state.wait_for_everyone()
+        return None
+    return {"weights": weights, **vars(recorder)}
+
+
+if __name__ == "__main__":
+    out, runs, predicted = sys.argv[1:]
+    results = [run(**arguments) for arguments in json.loads(runs)]
+    stream = iris_hf.from_hf(load(predicted))
+    result = iris_hf.predict(stream, Net(), to_tensor, batch_size=3, num_dataloader_workers=0)
+    try:
+        split = iris_hf.from_hf(split_dataset_by_node(load(predicted), rank=0, world_size=2))
+        train_stream(split)
+        refused = "nothing"
+    except iris_hf.ConfigError as error:
+        refused = str(error)
+    if PartialState().is_main_process:
+        torch.save([*results, {"predictions": result.predictions, "targets": result.targets, "refused": refused}], out)

@@ -1,0 +1,491 @@
+"""Streams train as map-style data sets do: by any number of workers and processes, killed and resumed, to the byte."""
+
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets.distributed import split_dataset_by_node
+from hypothesis import given
+from hypothesis import strategies as st
+from launching import torchrun
+from streams import Interrupt, Interruption, Pairs, load, to_noisy_tensor, to_tensor, train_stream, write_shards
+from tiny import Net, Tensors, train_tiny
+
+import iris_hf
+from iris_hf.engine.loader import Examples
+from iris_hf.engine.streams import StreamBatches, training_batches
+
+CONSTANT = {"lr_scheduler": {"name": "linear"}}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 rows in three shards, which two processes cannot share evenly."""
+    return write_shards(tmp_path_factory.mktemp("odd") / "shards", [9, 4, 7])
+
+
+@pytest.fixture(scope="module")
+def even_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four shards, of which two processes have two each: 6 rows and 15."""
+    return write_shards(tmp_path_factory.mktemp("even") / "shards", [4, 7, 2, 8])
+
+
+@pytest.fixture(scope="module")
+def val_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("val") / "shards", [5, 8])
+
+
+def rows_of(folder: Path, epoch: int, buffer_size: int = 0, part: int = 0, num_parts: int = 1) -> list[Any]:
+    """The examples of one pass, as `datasets` itself gives them."""
+    stream = split_dataset_by_node(load(folder, buffer_size), rank=part, world_size=num_parts)
+    stream.set_epoch(epoch if buffer_size else 0)
+    return [(to_tensor(row["image"].convert("RGB")), row["label"]) for row in stream]
+
+
+def endless(folder: Path, **arguments: Any) -> Iterator[Any]:
+    for epoch in itertools.count():
+        yield from rows_of(folder, epoch, **arguments)
+
+
+def trained_by_hand(rows: Iterator[Any] | Sequence[Iterator[Any]], num_steps: int, size: int = 8) -> dict[str, Any]:
+    """Plain SGD on the rows in their order; with several sources, on the same number of each."""
+    sources = list(rows) if isinstance(rows, list) else [rows]
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(num_steps):
+        batch = [row for source in sources for row in itertools.islice(source, size // len(sources))]
+        images, labels = torch.stack([image for image, _ in batch]), torch.tensor([label for _, label in batch])
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+def assert_close(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    for name, weight in wanted.items():
+        torch.testing.assert_close(got[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def assert_equal(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert all(torch.equal(got[name], weight) for name, weight in wanted.items())
+
+
+@pytest.mark.parametrize("buffer_size", [0, 6])
+def test_a_stream_trains_on_its_rows_in_order_pass_after_pass(shards: Path, buffer_size: int) -> None:
+    weights, recorder = train_stream(iris_hf.from_hf(load(shards, buffer_size)), **CONSTANT)
+    assert recorder.steps == list(range(1, 9))  # 64 of 20 rows
+    assert_close(weights, trained_by_hand(endless(shards, buffer_size=buffer_size), 8))
+
+
+def test_the_number_of_loader_workers_changes_no_byte(shards: Path, val_shards: Path) -> None:
+    val = {"val_dataset": iris_hf.from_hf(load(val_shards)), "val_transform": to_noisy_tensor, "val_batch_size": 3}
+    config = {"train_transform": to_noisy_tensor, "accumulate_grad_batches": 2, "dropout": 0.3, **val}
+    alone, seen = train_stream(iris_hf.from_hf(load(shards, 6)), num_dataloader_workers=0, **config)
+    for num_workers in (1, 2):
+        weights, recorder = train_stream(iris_hf.from_hf(load(shards, 6)), num_dataloader_workers=num_workers, **config)
+        assert_equal(weights, alone)
+        assert recorder.losses == seen.losses
+        assert recorder.val_losses == seen.val_losses
+
+
+def test_what_a_stream_draws_and_how_it_shares_itself_does_not_depend_on_workers() -> None:
+    config = {"train_transform": None, "val_dataset": Pairs(7), "val_transform": None}
+    alone, seen = train_stream(Pairs(30), num_dataloader_workers=0, **config)
+    weights, recorder = train_stream(Pairs(30), num_dataloader_workers=2, **config)
+    assert_equal(weights, alone)
+    assert recorder.val_losses == seen.val_losses
+
+
+@pytest.mark.parametrize("take", [0, 15])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_interrupted_and_resumed_ends_with_the_bytes_of_one_never_stopped(
+    shards: Path, num_workers: int, take: int, tmp_path: Path
+) -> None:
+    def run(**config: Any) -> Any:
+        plugins = ["ema(0.9, 2)", *config.pop("plugins", ())]
+        settings = {"train_transform": to_noisy_tensor, "dropout": 0.3, "num_dataloader_workers": num_workers}
+        return train_stream(iris_hf.from_hf(load(shards, 6, take)), plugins=plugins, **settings, **config)
+
+    never, seen = run()
+    kept = {"checkpoint_dir": tmp_path, "checkpoint_steps": 3, "resume": "auto"}
+    for stop in (5, 7):  # in passes 2 and 3 of 20 rows
+        with pytest.raises(Interruption):
+            run(plugins=[Interrupt(stop)], **kept)
+    weights, recorder = run(**kept)
+    assert_equal(weights, never)
+    assert recorder.losses == seen.losses[6:]
+
+
+def test_resuming_reads_no_more_than_one_pass(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    original = iris_hf.data.hf_dataset.HFIterableDataset.iter_rows
+
+    def noting(self: Any, epoch: int, **arguments: Any) -> Any:
+        passes.append(epoch)
+        return original(self, epoch, **arguments)
+
+    monkeypatch.setattr("iris_hf.data.hf_dataset.HFIterableDataset.iter_rows", noting)
+    config = {"checkpoint_dir": tmp_path, "checkpoint_steps": 6, "resume": "auto"}
+    with pytest.raises(Interruption):
+        train_stream(iris_hf.from_hf(load(shards)), plugins=[Interrupt(7)], **config)
+    assert passes == [0, 1, 2, 3]
+    passes.clear()
+    train_stream(iris_hf.from_hf(load(shards)), **config)
+    assert passes == [2, 3]  # row 48 is in the third pass over 20
+
+
+class Counted:
+    """A stream that says what was done to its rows."""
+
+    num_shards = 1
+    is_split_by_node = False
+
+    def __init__(self) -> None:
+        self.decoded: list[int] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        raise AssertionError("rows are read undecoded")
+
+    def iter_rows(self, epoch: int, *, part: int = 0, num_parts: int = 1) -> Iterator[int]:
+        return iter(range(10))
+
+    def make_example(self, row: int, position: int) -> tuple[torch.Tensor, int]:
+        assert row == position
+        self.decoded.append(row)
+        return torch.tensor([float(row)]), row
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_decodes_its_own_rows_only(rank: int) -> None:
+    dataset = Counted()
+    source, batches = training_batches(
+        dataset,
+        batch_size=2,
+        accumulation=1,
+        steps_per_epoch=3,
+        seed=0,
+        rank=rank,
+        world_size=2,
+        num_parts=None,
+    )
+    examples = Examples(source, None, seed=0, targets_required=True)
+    for batch in batches:
+        examples.__getitems__(batch)
+    assert dataset.decoded == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 0, 1]][rank]
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6), st.integers(0, 3))
+def test_the_processes_share_every_global_batch(world_size: int, batch_size: int, num_parts: int, epoch: int) -> None:
+    batch_size *= num_parts
+    sampled = []
+    for rank in range(world_size):
+        batches = StreamBatches(
+            3, num_examples=None, num_parts=num_parts, batch_size=batch_size, rank=rank, world_size=world_size
+        )
+        batches.epoch = epoch
+        requests = list(batches)
+        batches.start = 1
+        assert list(batches) == requests[1:]
+        rows = [[(part, row) for part, rows in request.rows for row in rows] for request in requests]
+        assert all(len(batch) == batch_size for batch in rows)
+        sampled.append(rows)
+    share = batch_size * world_size // num_parts
+    for number, parts in enumerate(zip(*sampled, strict=True), start=3 * epoch):
+        wanted = [(part, row) for part in range(num_parts) for row in range(number * share, (number + 1) * share)]
+        assert [row for part in parts for row in part] == wanted
+
+
+@pytest.fixture(scope="module")
+def bad_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("bad") / "shards", [9, 4, 7], bad=[3, 7, 8, 19])
+
+
+def test_an_error_names_the_example_and_the_pass(bad_shards: Path, shards: Path) -> None:
+    for num_workers in (0, 2):
+        with pytest.raises(iris_hf.DataError, match=r"Example 3 of the stream \(pass 0\): .*image"):
+            train_stream(iris_hf.from_hf(load(bad_shards)), num_dataloader_workers=num_workers)
+
+    seen = []
+
+    def fails_later(image: Any) -> torch.Tensor:
+        seen.append(image)
+        if len(seen) == 26:
+            raise ValueError("bad pixel")
+        return to_tensor(image)
+
+    with pytest.raises(iris_hf.DataError, match=r"Example 5 of the stream \(pass 1\): ValueError: bad pixel"):
+        train_stream(iris_hf.from_hf(load(shards)), train_transform=fails_later)
+
+
+def substituted(folder: Path, bad_folder: Path, bad: set[int]) -> Iterator[Any]:
+    """The rows with the next good one in the place of each bad one."""
+    rows = list(itertools.chain(*(rows_of(folder, epoch) for epoch in range(5))))
+    for position in range(64):
+        while position % 20 in bad:
+            position += 1
+        yield rows[position]
+
+
+def test_the_next_good_example_takes_the_place_of_a_bad_one(
+    bad_shards: Path, shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    by_hand = trained_by_hand(substituted(shards, bad_shards, {3, 7, 8, 19}), 8)
+    alone = None
+    for num_workers in (0, 2):
+        caplog.clear()
+        weights, _ = train_stream(
+            iris_hf.from_hf(load(bad_shards)), on_bad_example="skip", num_dataloader_workers=num_workers, **CONSTANT
+        )
+        assert_close(weights, by_hand)
+        assert_equal(weights, alone or weights)
+        alone = weights
+        assert "13 bad examples of the train set were skipped" in caplog.text
+        assert "3 of the stream (pass 0), 3 of the stream (pass 1)" in caplog.text
+
+
+def test_a_stream_of_bad_examples_is_an_error(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", [9], bad=range(9))
+    with pytest.raises(iris_hf.DataError, match=r"Example 0 of the stream \(pass 0\)"):
+        train_stream(iris_hf.from_hf(load(folder)), on_bad_example="skip")
+
+
+class Broken(Pairs):
+    """A stream of which each pass goes on where the one before has ended."""
+
+    def __init__(self) -> None:
+        super().__init__(10)
+        self.only = super().__iter__()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.only
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("skip", [False, True])
+def test_streams_that_cannot_be_read_say_why(num_workers: int, skip: bool, tmp_path: Path) -> None:
+    config: dict[str, Any] = {
+        "train_transform": None,
+        "val_transform": None,
+        "num_dataloader_workers": num_workers,
+        "on_bad_example": "skip" if skip else "raise",
+    }
+    with pytest.raises(
+        iris_hf.DataError, match=r"The data set failed before example \d+ of the stream \(pass 0\): OSError"
+    ):
+        train_stream(Pairs(30, fails_at=13), **config)
+    with pytest.raises(iris_hf.DataError, match=r"The stream has no examples in pass 0\. A stream has to"):
+        train_stream(Pairs(0), **config)
+    with pytest.raises(iris_hf.DataError, match=r"The stream has no examples in pass 1"):
+        train_stream(Broken(), **config)
+    with pytest.raises(iris_hf.DataError, match="val_dataset is empty"):
+        train_stream(Pairs(10), val_dataset=Pairs(0), **config)
+    with pytest.raises(iris_hf.DataError, match="dataset is empty"):
+        iris_hf.predict(Pairs(0), Net(), num_dataloader_workers=num_workers)
+
+
+def test_wrong_configurations_say_what_to_give(shards: Path) -> None:
+    stream = iris_hf.from_hf(load(shards))
+    with pytest.raises(iris_hf.ConfigError, match=r"HFIterableDataset without a length: give steps_per_epoch.*N / 16"):
+        train_stream(stream, steps_per_epoch=None, accumulate_grad_batches=2)
+    with pytest.raises(iris_hf.ConfigError, match="steps_per_epoch must be at least 1, got 0"):
+        train_stream(stream, steps_per_epoch=0)
+    with pytest.raises(iris_hf.ConfigError, match="train_dataset is a generator, which can be gone through once only"):
+        train_stream(iter(Pairs(10)))
+    with pytest.raises(
+        iris_hf.DataError, match=r"Example 0 of the stream \(pass 0\): the dataset gave dict, not a pair"
+    ):
+        train_stream(load(shards))
+
+
+def test_an_endless_stream_trains() -> None:
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            for number in itertools.count():
+                yield torch.full((3, 4, 4), number % 7 / 7), number % 2
+
+    for num_workers in (0, 2):
+        _, recorder = train_stream(Endless(), train_transform=None, num_dataloader_workers=num_workers)
+        assert recorder.steps == list(range(1, 9))
+
+
+def test_a_stream_with_a_length_has_its_own_number_of_steps() -> None:
+    class Sized(Pairs):
+        def __len__(self) -> int:
+            return self.num_examples
+
+    for num_examples, steps in ((30, 6), (3, 2)):  # one with fewer than a step is gone through several times
+        _, recorder = train_stream(Sized(num_examples), train_transform=None, steps_per_epoch=None)
+        assert len(recorder.steps) == steps
+    with pytest.raises(iris_hf.DataError, match="train_dataset is empty"):
+        train_stream(Sized(0), train_transform=None, steps_per_epoch=None)
+
+
+def test_steps_per_epoch_holds_for_map_style_data_sets_too() -> None:
+    for steps in (3, 8, 21):
+        weights, recorder = train_tiny(num_epochs=2, steps_per_epoch=steps)
+        assert recorder.steps == list(range(1, 2 * steps + 1))
+        if steps == 8:
+            assert_equal(weights, train_tiny(num_epochs=2)[0])
+
+
+def test_validation_and_prediction_are_those_of_a_map_style_data_set(shards: Path, val_shards: Path) -> None:
+    rows = rows_of(val_shards, 0)
+    stream = iris_hf.from_hf(load(val_shards))
+    for num_workers in (0, 2):
+        for batch_size in (5, 13, 64):
+            config = {"num_dataloader_workers": num_workers, "val_batch_size": batch_size}
+            _, streamed = train_stream(iris_hf.from_hf(load(shards)), val_dataset=stream, **config)
+            _, indexed = train_stream(
+                iris_hf.from_hf(load(shards)), val_dataset=rows, **{**config, "val_transform": None}
+            )
+            assert streamed.val_losses == indexed.val_losses
+            assert sorted(streamed.val_losses) == [0, 1]
+        predicted = iris_hf.predict(stream, Net(), to_tensor, batch_size=4, num_dataloader_workers=num_workers)
+        wanted = iris_hf.predict(rows, Net(), batch_size=4)
+        assert torch.equal(predicted.predictions, wanted.predictions)
+        assert predicted.targets.tolist() == [label for _, label in rows]
+
+
+def test_train_and_validation_may_read_the_same_stream(shards: Path) -> None:
+    stream = load(shards, 6)
+    together, seen = train_stream(
+        iris_hf.from_hf(stream.skip(5)), val_dataset=iris_hf.from_hf(stream.take(5)), num_epochs=4, steps_per_epoch=2
+    )
+    apart, _ = train_stream(iris_hf.from_hf(load(shards, 6).skip(5)), num_epochs=4, steps_per_epoch=2)
+    assert_equal(together, apart)
+    assert len(seen.val_losses) == 4
+
+
+def test_a_gradient_cache_takes_streams(shards: Path) -> None:
+    cached = iris_hf.train_with_gradient_cache(
+        Net(),
+        iris_hf.from_hf(load(shards)),
+        to_tensor,
+        num_epochs=2,
+        batch_size=8,
+        base_lr=0.1,
+        random_seed=0,
+        steps_per_epoch=4,
+        sub_batch_size=3,
+        **CONSTANT,
+    )
+    assert_close(cached.model.state_dict(), trained_by_hand(endless(shards), 8))
+
+
+class OnTwo:
+    """What two processes did in one launch."""
+
+    def __init__(self, runs: dict[str, dict[str, Any]], results: list[Any]) -> None:
+        self.runs = runs
+        self.last = results[-1]
+        self.results = dict(zip(runs, results[:-1], strict=True))
+
+
+@pytest.fixture(scope="module")
+def on_two(
+    shards: Path, even_shards: Path, bad_shards: Path, val_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> OnTwo:
+    folder = tmp_path_factory.mktemp("two")
+    odd, even = {"shards": str(shards), "buffer_size": 6}, {"shards": str(even_shards)}
+    half = {"batch_size": 4, "noisy": True}
+    kept = {"checkpoint_steps": 3, "resume": "auto", **half}
+    odd_kept = {**odd, **kept, "checkpoint_dir": str(folder / "odd")}
+    even_kept = {**even, **kept, "checkpoint_dir": str(folder / "even")}
+    runs = {
+        "odd": {**odd, **half, "val": str(val_shards), "val_batch_size": 3},
+        "odd interrupted": {**odd_kept, "interrupted_at": 5},
+        "odd resumed": odd_kept,
+        "even": {**even, "batch_size": 4, **CONSTANT},
+        "even, noisy": {**even, **half},
+        "even interrupted": {**even_kept, "interrupted_at": 5},
+        "even resumed": even_kept,
+        "bad": {"shards": str(bad_shards), "batch_size": 4, "on_bad_example": "skip"},
+    }
+    out = folder / "out.pt"
+    script = str(Path(__file__).with_name("stream_rank.py"))
+    done = torchrun(2, script, str(out), json.dumps(list(runs.values())), str(val_shards))
+    assert done.returncode == 0, done.stderr
+    return OnTwo(runs, torch.load(out))
+
+
+def test_two_processes_take_the_same_steps_as_one(on_two: OnTwo, shards: Path, val_shards: Path) -> None:
+    two = on_two.results["odd"]
+    weights, recorder = train_stream(
+        iris_hf.from_hf(load(shards, 6)),
+        train_transform=to_noisy_tensor,
+        val_dataset=iris_hf.from_hf(load(val_shards)),
+        val_batch_size=3,
+    )
+    assert two["losses"] == pytest.approx(recorder.losses, rel=1e-5)
+    assert two["val_losses"] == pytest.approx(recorder.val_losses, rel=1e-5)
+    assert two["learning_rates"] == recorder.learning_rates
+    assert_close(two["weights"], weights)
+
+
+def test_processes_read_their_own_shards_where_these_can_be_shared(on_two: OnTwo, even_shards: Path) -> None:
+    parts = [endless(even_shards, part=part, num_parts=2) for part in range(2)]
+    assert_close(on_two.results["even"]["weights"], trained_by_hand(parts, 8))
+
+
+@pytest.mark.parametrize("name", ["odd", "even"])
+def test_two_processes_resume_to_the_same_bytes(on_two: OnTwo, name: str) -> None:
+    never = on_two.results["odd" if name == "odd" else "even, noisy"]
+    resumed = on_two.results[f"{name} resumed"]
+    assert on_two.results[f"{name} interrupted"] is None
+    assert_equal(resumed["weights"], never["weights"])
+    assert resumed["losses"] == never["losses"][3:]
+
+
+@pytest.mark.parametrize("name", ["odd", "even"])
+@pytest.mark.parametrize("split", [{"batch_size": 8}, {"batch_size": 4, "accumulate_grad_batches": 2}])
+def test_one_process_goes_on_where_two_were(on_two: OnTwo, name: str, split: dict[str, Any]) -> None:
+    run = on_two.runs[f"{name} interrupted"]
+    newest = max(Path(run["checkpoint_dir"] + "-copy").glob("step-*"))
+    weights, recorder = train_stream(
+        iris_hf.from_hf(load(run["shards"], run.get("buffer_size", 0))),
+        train_transform=to_noisy_tensor,
+        resume=newest,
+        **split,
+    )
+    resumed = on_two.results[f"{name} resumed"]
+    assert recorder.steps == resumed["steps"] == [4, 5, 6, 7, 8]
+    assert recorder.losses == pytest.approx(resumed["losses"], rel=1e-5)
+    assert_close(weights, resumed["weights"])
+
+
+def test_a_resumed_run_says_how_its_stream_has_to_be_divided(on_two: OnTwo, shards: Path) -> None:
+    newest = max(Path(on_two.runs["even interrupted"]["checkpoint_dir"] + "-copy").glob("step-*"))
+    with pytest.raises(iris_hf.ConfigError, match=r"read its stream in 2 parts.*shards \(now 3\).*\(now 8 x 1\)"):
+        train_stream(iris_hf.from_hf(load(shards)), resume=newest)
+    with pytest.raises(iris_hf.ConfigError, match=r"num_examples was None, now 64; num_stream_parts was 2, now None"):
+        train_stream(Tensors(), resume=newest, train_transform=None)
+
+
+def test_two_processes_skip_the_same_examples_as_one(on_two: OnTwo, bad_shards: Path) -> None:
+    weights, recorder = train_stream(iris_hf.from_hf(load(bad_shards)), on_bad_example="skip")
+    assert on_two.results["bad"]["losses"] == pytest.approx(recorder.losses, rel=1e-5)
+    assert_close(on_two.results["bad"]["weights"], weights)
+
+
+def test_two_processes_predict_every_example_once_and_in_order(on_two: OnTwo, val_shards: Path) -> None:
+    alone = iris_hf.predict(iris_hf.from_hf(load(val_shards)), Net(), to_tensor, batch_size=3)
+    assert torch.equal(on_two.last["predictions"], alone.predictions)
+    assert torch.equal(on_two.last["targets"], alone.targets)
+
+
+def test_a_stream_that_is_split_by_node_is_refused_on_several_processes(on_two: OnTwo) -> None:
+    assert (
+        "train_dataset was split by node, and would be divided among the 2 processes once more"
+        in on_two.last["refused"]
+    )
+
+
+def test_nothing_is_said_where_nothing_is_skipped(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "iris_hf"):
+        train_stream(iris_hf.from_hf(load(shards)), on_bad_example="skip")
+    assert "skipped" not in caplog.text
