@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -209,6 +210,12 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
         """Whether these are the rows of one process, by `split_dataset_by_node`."""
         return self.hf_dataset._distributed is not None
 
+    @property
+    def shuffled_by(self) -> str:
+        """Stands for seed and buffer of a shuffled data set; empty where it is not shuffled."""
+        steps = _shuffled_by(self.hf_dataset._ex_iterable)
+        return f"{zlib.crc32(repr(steps).encode()):08x}" if steps else ""
+
     def iter_rows(self, epoch: int, *, part: int = 0, num_parts: int = 1) -> Iterator[dict[str, Any]]:
         """Iterate over the rows of one epoch without decoding them, whatever other iterations do meanwhile.
 
@@ -221,11 +228,12 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
         """
         rows = self._rows.with_format(None)  # another object: loader workers share the epoch of the same one
         steps = _without_history(rows._ex_iterable)
-        epoch = epoch if _is_shuffled(steps) else 0
-        try:
-            steps.shuffle_data_sources(np.random.default_rng(epoch))
-        except _SHUFFLING_DISALLOWED:  # after skip and take: the buffers are shuffled anew, the shards stay in order
-            steps, epoch = shift_ex_examples_rngs(steps, epoch), 0  # as datasets 5.2 does; 5.0 fails
+        epoch = epoch if self.shuffled_by else 0
+        if epoch:
+            try:
+                steps.shuffle_data_sources(np.random.default_rng(epoch))
+            except _SHUFFLING_DISALLOWED:  # after skip and take: the buffers are shuffled anew, the shards are not
+                steps, epoch = shift_ex_examples_rngs(steps, epoch), 0  # as datasets 5.2 does; 5.0 fails
         rows._ex_iterable = steps
         if num_parts > 1:
             rows = split_dataset_by_node(rows, rank=part, world_size=num_parts)
@@ -304,10 +312,14 @@ def _without_history(ex_iterable: Any) -> Any:
     return ex_iterable
 
 
-def _is_shuffled(ex_iterable: Any) -> bool:
-    """Whether a step of a stream draws random numbers, which an epoch reseeds."""
+def _shuffled_by(ex_iterable: Any) -> list[str]:
+    """Describe the steps of a stream that draw random numbers, and the generators that they draw from."""
     sources = [getattr(ex_iterable, "ex_iterable", None), *getattr(ex_iterable, "ex_iterables", ())]
-    return hasattr(ex_iterable, "shift_rngs") or any(map(_is_shuffled, filter(None, sources)))
+    steps = [step for source in sources if source is not None for step in _shuffled_by(source)]
+    generator = getattr(ex_iterable, "generator", None)
+    if generator is None:
+        return steps
+    return [*steps, f"{getattr(ex_iterable, 'buffer_size', None)} {generator.bit_generator.state}"]
 
 
 def _leaves(features: datasets.Features, columns: list[str]) -> list[Any]:

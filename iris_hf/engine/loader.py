@@ -292,11 +292,13 @@ class EpochBatches(Sampler[list[Key]]):
         epoch: The epoch that the next iteration yields.
         start: The first micro-batch that the next iteration yields; later ones start at 0 again.
         batches_per_epoch: Micro-batches of this rank in an epoch.
-        num_parts: None; a number of parts is what streams have.
-        origins: Empty; see :class:`iris_hf.engine.streams.StreamBatches`.
+        num_parts: What streams have, see :class:`iris_hf.engine.streams.StreamBatches`: here None.
+        shuffled_by: Likewise: empty.
+        origins: Likewise: empty.
     """
 
     num_parts: int | None = None
+    shuffled_by: str = ""
 
     def __init__(
         self,

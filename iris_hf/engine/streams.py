@@ -45,6 +45,11 @@ class SupportsRows(Protocol):
         """Whether these are the rows of one process already."""
         ...
 
+    @property
+    def shuffled_by(self) -> str:
+        """What decides on the order of the rows; the same on every process and when a run is resumed."""
+        ...
+
     def iter_rows(self, epoch: int, *, part: int = 0, num_parts: int = 1) -> Iterator[Any]:
         """Iterate over the undecoded rows of one pass, or of one of several parts of it."""
         ...
@@ -256,6 +261,7 @@ class StreamBatches(Sampler[Request]):
         start: The first micro-batch that the next iteration yields; later ones start at 0 again.
         num_examples: Examples in a pass; None where that isn't known.
         num_parts: Parts that the stream is read in.
+        shuffled_by: What decides on the order of its rows, where that is known.
         origins: By part, from where a process that hasn't opened it has to read. The loop keeps it up to date, so that
             resuming reads no more than one pass.
     """
@@ -266,6 +272,7 @@ class StreamBatches(Sampler[Request]):
         *,
         num_examples: int | None,
         num_parts: int,
+        shuffled_by: str = "",
         batch_size: int,
         rank: int,
         world_size: int,
@@ -273,6 +280,7 @@ class StreamBatches(Sampler[Request]):
         self.num_batches = num_batches
         self.num_examples = num_examples
         self.num_parts: int | None = num_parts
+        self.shuffled_by = shuffled_by
         self.origins: dict[int, Origin] = {}
         self.epoch = 0
         self.start = 0
@@ -387,6 +395,7 @@ def training_batches(
         steps_per_epoch * accumulation,
         num_examples=num_examples,
         num_parts=num_parts,
+        shuffled_by=dataset.shuffled_by if isinstance(dataset, SupportsRows) else "",
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
@@ -425,7 +434,16 @@ def _check_stream(dataset: Any, what: str, world_size: int) -> None:
             f"{what} is a {type(dataset).__name__}, which can be gone through once only, and by one process. Give an "
             "IterableDataset whose __iter__ makes it."
         )
-    if world_size > 1 and isinstance(dataset, SupportsRows) and dataset.is_split_by_node:
+    if world_size == 1 or not isinstance(dataset, SupportsRows):
+        return
+    from accelerate.utils import gather_object
+
+    if len(set(gather_object([dataset.shuffled_by]))) > 1:
+        raise ConfigError(
+            f"{what} is shuffled in another order on each process, so that these would not share it. Give shuffle a "
+            "seed."
+        )
+    if dataset.is_split_by_node:
         raise ConfigError(
             f"{what} was split by node, and would be divided among the {world_size} processes once more. Give the "
             "whole data set, without split_dataset_by_node."

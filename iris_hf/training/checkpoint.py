@@ -66,6 +66,7 @@ class RunFacts:
         momentum: The momentum.
         nesterov: Whether it is Nesterov's.
         num_stream_parts: Parts that a stream is read in; None for a map-style data set.
+        stream_shuffled_by: Stands for the seed and the buffer that a stream is shuffled by.
     """
 
     random_seed: int
@@ -80,6 +81,7 @@ class RunFacts:
     momentum: float
     nesterov: bool
     num_stream_parts: int | None = None
+    stream_shuffled_by: str = ""
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,14 @@ if __name__ == "__main__":
     results = [run(**arguments) for arguments in json.loads(runs)]
     stream = iris_hf.from_hf(load(predicted))
     result = iris_hf.predict(stream, Net(), to_tensor, batch_size=3, num_dataloader_workers=0)
-    try:
-        split = iris_hf.from_hf(split_dataset_by_node(load(predicted), rank=0, world_size=2))
-        train_stream(split)
-        refused = "nothing"
-    except iris_hf.ConfigError as error:
-        refused = str(error)
+    refused = []
+    for refusable in (
+        split_dataset_by_node(load(predicted), rank=0, world_size=2),
+        load(predicted, 5, shuffle_seed=None),
+    ):
+        try:
+            train_stream(iris_hf.from_hf(refusable))
+        except iris_hf.ConfigError as error:
+            refused.append(str(error))
     if PartialState().is_main_process:
         torch.save([*results, {"predictions": result.predictions, "targets": result.targets, "refused": refused}], out)

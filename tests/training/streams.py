@@ -39,12 +39,14 @@ def write_shards(folder: Path, sizes: Sequence[int], bad: Sequence[int] = ()) ->
     return folder
 
 
-def load(folder: Path | str, buffer_size: int = 0, take: int = 0) -> datasets.IterableDataset:
+def load(
+    folder: Path | str, buffer_size: int = 0, take: int = 0, shuffle_seed: int | None = 3
+) -> datasets.IterableDataset:
     """Stream them, shuffled where there is a buffer."""
     files = [str(file) for file in sorted(Path(folder).glob("*.parquet"))]
     stream = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, features=FEATURES)
     if buffer_size:
-        stream = stream.shuffle(seed=3, buffer_size=buffer_size)
+        stream = stream.shuffle(seed=shuffle_seed, buffer_size=buffer_size)
     return stream.take(take) if take else stream
 
 

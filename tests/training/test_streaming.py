@@ -144,6 +144,7 @@ class Counted:
 
     num_shards = 1
     is_split_by_node = False
+    shuffled_by = ""
 
     def __init__(self) -> None:
         self.decoded: list[int] = []
@@ -337,7 +338,7 @@ def test_validation_and_prediction_are_those_of_a_map_style_data_set(shards: Pat
     rows = rows_of(val_shards, 0)
     stream = iris_hf.from_hf(load(val_shards))
     for num_workers in (0, 2):
-        for batch_size in (5, 13, 64):
+        for batch_size in (5, 64):
             config = {"num_dataloader_workers": num_workers, "val_batch_size": batch_size}
             _, streamed = train_stream(iris_hf.from_hf(load(shards)), val_dataset=stream, **config)
             _, indexed = train_stream(
@@ -393,6 +394,9 @@ def on_two(
     folder = tmp_path_factory.mktemp("two")
     odd, even = {"shards": str(shards), "buffer_size": 6}, {"shards": str(even_shards)}
     half = {"batch_size": 4, "noisy": True}
+    alone = {"checkpoint_dir": folder / "alone", "checkpoint_steps": 3, "train_transform": to_noisy_tensor}
+    with pytest.raises(Interruption):
+        train_stream(iris_hf.from_hf(load(even_shards)), plugins=[Interrupt(5)], **alone)
     kept = {"checkpoint_steps": 3, "resume": "auto", **half}
     odd_kept = {**odd, **kept, "checkpoint_dir": str(folder / "odd")}
     even_kept = {**even, **kept, "checkpoint_dir": str(folder / "even")}
@@ -404,6 +408,7 @@ def on_two(
         "even, noisy": {**even, **half},
         "even interrupted": {**even_kept, "interrupted_at": 5},
         "even resumed": even_kept,
+        "even, begun by one": {**even, **half, "resume": str(folder / "alone" / "step-00000003")},
         "bad": {"shards": str(bad_shards), "batch_size": 4, "on_bad_example": "skip"},
     }
     out = folder / "out.pt"
@@ -458,12 +463,26 @@ def test_one_process_goes_on_where_two_were(on_two: OnTwo, name: str, split: dic
     assert_close(weights, resumed["weights"])
 
 
+def test_two_processes_go_on_where_one_was_and_divide_the_stream_as_it_did(on_two: OnTwo, even_shards: Path) -> None:
+    weights, recorder = train_stream(iris_hf.from_hf(load(even_shards)), train_transform=to_noisy_tensor)
+    assert on_two.results["even, begun by one"]["losses"] == pytest.approx(recorder.losses[3:], rel=1e-5)
+    assert_close(on_two.results["even, begun by one"]["weights"], weights)
+
+
 def test_a_resumed_run_says_how_its_stream_has_to_be_divided(on_two: OnTwo, shards: Path) -> None:
     newest = max(Path(on_two.runs["even interrupted"]["checkpoint_dir"] + "-copy").glob("step-*"))
     with pytest.raises(iris_hf.ConfigError, match=r"read its stream in 2 parts.*shards \(now 3\).*\(now 8 x 1\)"):
         train_stream(iris_hf.from_hf(load(shards)), resume=newest)
     with pytest.raises(iris_hf.ConfigError, match=r"num_examples was None, now 64; num_stream_parts was 2, now None"):
         train_stream(Tensors(), resume=newest, train_transform=None)
+
+
+def test_a_resumed_run_says_that_its_stream_is_shuffled_otherwise(shards: Path, tmp_path: Path) -> None:
+    train_stream(iris_hf.from_hf(load(shards, 6)), checkpoint_dir=tmp_path)
+    train_stream(iris_hf.from_hf(load(shards, 6)), checkpoint_dir=tmp_path, resume="auto")
+    for other in (load(shards, 7), load(shards, 6, shuffle_seed=None), load(shards)):
+        with pytest.raises(iris_hf.ConfigError, match=r"stream_shuffled_by was '\w+', now '\w*'"):
+            train_stream(iris_hf.from_hf(other), checkpoint_dir=tmp_path, resume="auto")
 
 
 def test_two_processes_skip_the_same_examples_as_one(on_two: OnTwo, bad_shards: Path) -> None:
@@ -478,11 +497,10 @@ def test_two_processes_predict_every_example_once_and_in_order(on_two: OnTwo, va
     assert torch.equal(on_two.last["targets"], alone.targets)
 
 
-def test_a_stream_that_is_split_by_node_is_refused_on_several_processes(on_two: OnTwo) -> None:
-    assert (
-        "train_dataset was split by node, and would be divided among the 2 processes once more"
-        in on_two.last["refused"]
-    )
+def test_streams_that_processes_cannot_share_are_refused(on_two: OnTwo) -> None:
+    split, shuffled = on_two.last["refused"]
+    assert "train_dataset was split by node, and would be divided among the 2 processes once more" in split
+    assert "train_dataset is shuffled in another order on each process" in shuffled
 
 
 def test_nothing_is_said_where_nothing_is_skipped(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
