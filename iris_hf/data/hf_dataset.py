@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import torch.utils.data
 from datasets.distributed import split_dataset_by_node
@@ -16,7 +17,7 @@ from datasets.iterable_dataset import shift_ex_examples_rngs
 
 from iris_hf.data.columns import IGNORE_INDEX, Layout, find_layout
 from iris_hf.data.hf_targets import check_mask_size, read_classes, read_targets
-from iris_hf.data.images import decode_image, read_image_bytes
+from iris_hf.data.images import decode_image, encode_image, read_image_bytes
 from iris_hf.errors import ConfigError, DataError
 from iris_hf.types import TargetType
 
@@ -283,7 +284,7 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
             yield self._table(row)
 
     def _table(self, row: dict[str, Any]) -> pa.Table:
-        return pa.table({name: pa.array([row[name]], type=kind) for name, kind in self._types.items()})
+        return pa.table({name: pa.array([_undecoded(row[name])], type=kind) for name, kind in self._types.items()})
 
 
 def _whole_columns(dataset: datasets.Dataset, columns: list[str]) -> pa.Table:
@@ -310,6 +311,13 @@ def _without_history(ex_iterable: Any) -> Any:
     if hasattr(ex_iterable, "ex_iterables"):
         ex_iterable.ex_iterables = [_without_history(source) for source in ex_iterable.ex_iterables]
     return ex_iterable
+
+
+def _undecoded(value: Any) -> Any:
+    """Encode images that a function given to `map` has got decoded; the pixels stay as they are."""
+    if isinstance(value, PIL.Image.Image):
+        return {"bytes": encode_image(value), "path": None}
+    return [_undecoded(item) for item in value] if isinstance(value, list) else value
 
 
 def _shuffled_by(ex_iterable: Any) -> list[str]:

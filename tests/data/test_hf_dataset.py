@@ -407,6 +407,83 @@ def test_a_map_style_set_streams_from_the_hub_library():
     assert from_hf(again).get_encoded(3)[0] == from_hf(converted).get_encoded(3)[0]
 
 
+def test_a_mapped_stream_gives_the_same_examples():
+    for kind in ("multiclass", "overlapping"):
+        examples = make_examples(kind)
+        streamed = to_hf(
+            examples, streaming=True, masks="stack" if kind == "overlapping" else "auto", **hf_arguments(kind)
+        )
+        dataset = from_hf(streamed.map(unchanged, features=streamed.features))
+        for actual, expected in zip(dataset, examples, strict=True):
+            assert_same_example(actual, expected)
+
+
+def numbered(count=24, num_shards=3):
+    """A streaming data set in shards, whose labels are its rows' numbers."""
+    names = ClassLabel(names=[str(i) for i in range(count)])
+    rows = {"image": [{"bytes": PNG, "path": None}] * count, "label": list(range(count))}
+    table = datasets.Dataset.from_dict(rows, features=Features({"image": Image(), "label": names}))
+    return table.to_iterable_dataset(num_shards=num_shards)
+
+
+def labels(rows):
+    return [row["label"] for row in rows]
+
+
+SHUFFLED = {
+    "buffer": lambda: numbered().shuffle(seed=1, buffer_size=6),
+    "one shard after another": lambda: numbered().shuffle(seed=1, buffer_size=6, max_buffer_input_shards=1),
+    "mixed": lambda: datasets.interleave_datasets([numbered(), numbered()], probabilities=[0.3, 0.7], seed=2),
+    "parts": lambda: numbered().shuffle(seed=1, buffer_size=6).skip(3).take(15),
+}
+
+
+@pytest.mark.parametrize("name", SHUFFLED)
+def test_the_rows_of_an_epoch_do_not_depend_on_what_was_read_before(name):
+    dataset = from_hf(SHUFFLED[name]())
+    orders = []
+    for epoch in range(3):
+        fresh = SHUFFLED[name]().decode(False)
+        fresh.set_epoch(epoch)
+        try:
+            expected = labels(fresh)
+        except datasets.iterable_dataset.DataSourcesShufflingDisallowed:  # datasets 5.0 after skip and take
+            expected = labels(from_hf(SHUFFLED[name]()).iter_rows(epoch))
+        iterator = dataset.iter_rows(epoch)
+        read = [next(iterator) for _ in range(4)]
+        assert labels(dataset.iter_rows(epoch)) == expected  # meanwhile
+        assert labels(dataset.iter_rows(7)) != expected
+        assert labels([*read, *iterator]) == expected
+        orders.append(expected)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_a_stream_that_is_not_shuffled_has_one_order():
+    dataset = from_hf(numbered())
+    assert dataset.shuffled_by == ""
+    assert labels(dataset.iter_rows(3)) == list(range(24))
+
+
+def test_what_shuffles_a_stream_is_told_apart():
+    shuffled = [numbered().shuffle(seed=seed, buffer_size=size) for seed, size in ((1, 6), (1, 7), (2, 6), (None, 6))]
+    assert len({from_hf(stream).shuffled_by for stream in shuffled}) == 4
+    assert from_hf(shuffled[0]).shuffled_by == from_hf(SHUFFLED["buffer"]()).shuffled_by
+    assert pickle.loads(pickle.dumps(from_hf(shuffled[0]))).shuffled_by == from_hf(shuffled[0]).shuffled_by
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 4])
+def test_parts_of_a_stream_share_its_rows_by_shards(num_parts):
+    dataset = from_hf(numbered(num_shards=4))
+    assert (dataset.num_shards, dataset.is_split_by_node) == (4, False)
+    parts = [labels(dataset.iter_rows(0, part=part, num_parts=num_parts)) for part in range(num_parts)]
+    assert sorted(number for part in parts for number in part) == list(range(24))
+    assert parts == [
+        labels(split_dataset_by_node(numbered(num_shards=4), part, num_parts)) for part in range(num_parts)
+    ]
+    image, label = dataset.make_example(next(dataset.iter_rows(0)), 0)
+    assert (image.mode, label) == ("RGB", 0)
+
+
 def test_a_wrong_example_of_a_stream_is_named():
     columns = {"image": {"bytes": PNG, "path": None}, "label": [0, 1, -1]}
     dataset = make_hf(columns, {"image": Image(), "label": LABEL}).to_iterable_dataset()

@@ -180,6 +180,27 @@ def test_a_process_decodes_its_own_rows_only(rank: int) -> None:
     assert dataset.decoded == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 0, 1]][rank]
 
 
+class OneEmptyPart(Counted):
+    """A stream in two shards, of which one is empty."""
+
+    num_shards = 2
+
+    def iter_rows(self, epoch: int, *, part: int = 0, num_parts: int = 1) -> Iterator[int]:
+        return iter(range(10) if part else ())
+
+
+def test_a_process_without_rows_has_an_error() -> None:
+    settings = {"batch_size": 2, "accumulation": 1, "steps_per_epoch": 3, "seed": 0, "world_size": 2, "num_parts": None}
+    for rank in range(2):
+        source, batches = training_batches(OneEmptyPart(), rank=rank, **settings)
+        made = Examples(source, None, seed=0, targets_required=True).__getitems__(next(iter(batches)))
+        if rank == 1:
+            assert [label for _, label in made] == [0, 1]
+            continue
+        with pytest.raises(iris_hf.DataError, match="Part 0 of the stream has no examples in pass 0"):
+            made.reraise()
+
+
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6), st.integers(0, 3))
 def test_the_processes_share_every_global_batch(world_size: int, batch_size: int, num_parts: int, epoch: int) -> None:
     batch_size *= num_parts
