@@ -13,7 +13,6 @@ import PIL.Image
 import pyarrow as pa
 import torch.utils.data
 from datasets.distributed import split_dataset_by_node
-from datasets.iterable_dataset import shift_ex_examples_rngs
 
 from iris_hf.data.columns import IGNORE_INDEX, Layout, find_layout
 from iris_hf.data.hf_targets import check_mask_size, read_classes, read_targets
@@ -233,8 +232,8 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
         if epoch:
             try:
                 steps.shuffle_data_sources(np.random.default_rng(epoch))
-            except _SHUFFLING_DISALLOWED:  # after skip and take: the buffers are shuffled anew, the shards are not
-                steps, epoch = shift_ex_examples_rngs(steps, epoch), 0  # as datasets 5.2 does; 5.0 fails
+            except _SHUFFLING_DISALLOWED:  # after skip and take. As datasets 5.2, where 5.0 fails: buffers alone
+                steps, epoch = datasets.iterable_dataset.shift_ex_examples_rngs(steps, epoch), 0
         rows._ex_iterable = steps
         if num_parts > 1:
             rows = split_dataset_by_node(rows, rank=part, world_size=num_parts)

@@ -134,7 +134,7 @@ def train(
         num_processes: Outside a launcher, local worker processes to start. Inside one (accelerate launch,
             torchrun) its world size rules, and a contradicting value is an error.
         num_dataloader_workers: Loader processes per process, at most one per core. The result does not
-            depend on it.
+            depend on it. Each of them reads a stream for itself.
         no_weight_decay_param_names: Regular expressions matched from the start of a parameter's name.
         no_weight_decay_module_class_names: Regular expressions matched from the start of a module's class name.
         lr_scale_param_names: List of `[pattern, factor]`; the first pattern that matches scales a parameter's rate.
