@@ -44,7 +44,7 @@ def run_job(
         checked = checked_job(job, env)
 
         def run() -> None:
-            with _folder_cache():
+            with folder_cache():
                 runner = _runner(checked, cache_storage_url, no_cache_read)
                 runner.run(env, dry_run=dry_run)
 
@@ -75,7 +75,7 @@ def described(task: str, name: str | None) -> str:
 
 
 @contextmanager
-def _folder_cache() -> Iterator[None]:
+def folder_cache() -> Iterator[None]:
     """Let irisml keep its cache in a folder: its own way (0.0.38) calls a method that pathlib does not have."""
     runner, cache = irisml_module("core.job_runner"), irisml_module("core.cache_manager")
     original = runner.create_storage_manager
