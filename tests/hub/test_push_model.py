@@ -191,8 +191,10 @@ def test_an_upload_that_broke_can_be_repeated(client, hub, onnx_folder):
     hub.requests.clear()
     hub.fail("POST", "/commit/", 403, message="Storage quota exceeded")
     options = {"seed": 12, "onnx_folder": onnx_folder}
+    local = {path.name: path.read_bytes() for path in onnx_folder.iterdir()}
     with pytest.raises(DataError, match=r"'alice/broken' failed: the Hub forbids it.*Storage quota exceeded"):
         client(hub_client.push, "timm-resnet", "alice/broken", **options)
+    assert {path.name: path.read_bytes() for path in onnx_folder.iterdir()} == local
     assert len([r for r in hub.requests if r[0] == "PUT"]) == 2
     assert equal(client(hub_client.pull, "alice/broken", "timm-resnet"), before)
     hub.requests.clear()
@@ -225,6 +227,16 @@ def test_a_dropped_connection_and_a_failing_server_are_tried_again(client, hub):
     answers = [status for method, _, status in hub.requests if method == "PUT"]
     assert answers == [0, 200]
     assert equal(client(hub_client.pull, "alice/shaky", "timm-resnet"), pushed)
+
+
+def test_a_server_that_keeps_failing_is_named_and_nothing_changes(client, hub, onnx_folder):
+    hub.plant("models/alice/down", {"notes.txt": b"hello"})
+    local = {path.name: path.read_bytes() for path in onnx_folder.iterdir()}
+    hub.fail("POST", "/commit/", 500, times=99)
+    with pytest.raises(DataError, match=r"Pushing to 'alice/down' failed: the Hub failed \(500\)"):
+        client(hub_client.push, "timm-resnet", "alice/down", onnx_folder=onnx_folder)
+    assert hub.files("models/alice/down") == {"notes.txt": b"hello"}
+    assert {path.name: path.read_bytes() for path in onnx_folder.iterdir()} == local
 
 
 def test_a_commit_of_somebody_else_in_between_is_noticed(client, hub):
