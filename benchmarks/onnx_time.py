@@ -1,13 +1,15 @@
-"""CPU time of a prediction: ONNX Runtime on the exported graph against torch, on one thread, in alternation.
+"""CPU time of a prediction: torch, compiled torch, and ONNX Runtime on the exported graph, one thread, in alternation.
 
-    OMP_NUM_THREADS=1 python benchmarks/onnx_time.py
+    OMP_NUM_THREADS=1 python benchmarks/onnx_time.py [MODEL ...]
 
-CPU time rather than wall time, so that other programs on the machine disturb it less.
+CPU time rather than wall time, so that other programs on the machine disturb it less. Compiling needs a C++ compiler.
 """
 
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,28 +21,32 @@ BATCH_SIZES = [1, 8]
 ROUNDS = 12
 
 
-def seconds(model: Any, images: torch.Tensor) -> float:
+def milliseconds(predict: Callable[[torch.Tensor], Any], images: torch.Tensor) -> float:
     start = time.process_time()
-    model.prediction_step(images)
-    return time.process_time() - start
+    predict(images)
+    return (time.process_time() - start) * 1e3
 
 
-def main() -> None:
+@torch.no_grad()
+def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print("| model | batch | torch, ms | ONNX Runtime, ms | ratio |\n|---|---|---|---|---|")
-    for name in MODELS:
+    print("| model | batch | torch, ms | compiled torch, ms | ONNX Runtime, ms | compiled / torch | ONNX / torch |")
+    print("|---|---|---|---|---|---|---|")
+    for name in names:
         model = iris_hf.create_timm_model(name, num_classes=1000).eval()
         with tempfile.TemporaryDirectory() as folder:
             iris_hf.export_onnx(model, folder=folder)
             exported = iris_hf.load_onnx(folder, num_threads=1)
         for batch_size in BATCH_SIZES:
+            torch.compiler.reset()
+            runtimes = [model.prediction_step, torch.compile(model.prediction_step), exported.prediction_step]
             images = torch.rand(batch_size, 3, 224, 224)
-            with torch.no_grad():
-                pairs = [(seconds(model, images), seconds(exported, images)) for _ in range(ROUNDS + 1)][1:]
-            in_torch, in_onnx = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
-            print(f"| {name} | {batch_size} | {in_torch:.1f} | {in_onnx:.1f} | {in_onnx / in_torch:.2f} |", flush=True)
+            rounds = [[milliseconds(predict, images) for predict in runtimes] for _ in range(ROUNDS + 2)][2:]
+            times = [statistics.median(column) for column in zip(*rounds, strict=True)]
+            ratios = [f"{t / times[0]:.2f}" for t in times[1:]]
+            print(f"| {name} | {batch_size} | {' | '.join([*(f'{t:.1f}' for t in times), *ratios])} |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or MODELS)

@@ -89,7 +89,7 @@ def compare(graph: Graph, file: Path, cases: Sequence[Case], *, precision: str, 
         except Exception as error:
             raise ConfigError(f"The {precision} graph fails {case}: {error} {_advice(graph)}") from error
         for name in graph.output_names:
-            difference, scale = _distance(graph, name, case, got)
+            difference, scale = distance(graph, name, case, got)
             errors[name] = max(errors[name], difference)
             allowed = sys.float_info.max if tolerance is None else tolerance * scale
             if not difference <= allowed:
@@ -102,8 +102,18 @@ def compare(graph: Graph, file: Path, cases: Sequence[Case], *, precision: str, 
     return Comparison(errors, share)
 
 
-def _distance(graph: Graph, name: str, case: Case, got: Batch) -> tuple[float, float]:
-    """The error of one output and the scale of its values, at least 1."""
+def distance(graph: Graph, name: str, case: Case, got: Batch) -> tuple[float, float]:
+    """Measure the error of one output, and the scale of its values.
+
+    Args:
+        graph: What made the case.
+        name: The output.
+        case: What is right.
+        got: What came out instead, by name.
+
+    Returns:
+        The largest absolute difference, as :class:`Comparison` has it, and the largest absolute value, at least 1.
+    """
     expected, actual = case.outputs[name], got[name]
     if expected.shape != actual.shape:
         return float("inf"), 1.0

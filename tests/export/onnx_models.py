@@ -1,12 +1,16 @@
 """Models for tests of the export, beside the families of the models' tests."""
 
+import functools
 import importlib.util
 from typing import Any
 
 import torch
+from models.families import IMAGE_TEXT, NAMES, make
 from torch import nn
 
 from iris_hf.models.classifier import ImageClassifier, append_classifier
+from iris_hf.models.contrastive import split_image_text_model
+from iris_hf.models.feature_extractor import make_feature_extractor_model
 from iris_hf.models.sources.timm import create_timm_model
 
 
@@ -147,11 +151,42 @@ def zero_shot() -> ImageClassifier:
     return append_classifier(encoder, layer, task_type="multiclass_classification")
 
 
+def features() -> Any:
+    """A feature extractor: the output of a part in the middle of a network."""
+    return make_feature_extractor_model(make("timm-resnet"), output_module_name="network.network.layer2")
+
+
+def tower(name: str, part: int) -> Any:
+    """The image part (0) or the text part (1) of an image-text model."""
+    return split_image_text_model(make(name))[part]
+
+
+def _timm(name: str) -> Any:
+    torch.manual_seed(0)
+    return create_timm_model(name, num_classes=3, class_names=NAMES)
+
+
+KINDS_OF_TIMM = {
+    f"timm-{kind}": functools.partial(_timm, f"test_{kind}")
+    for kind in ("byobnet", "convnext", "efficientnet", "mambaout", "nfnet", "vit_relpos")
+}
+"""Networks of timm of several kinds, small."""
+
+FURTHER = {
+    **KINDS_OF_TIMM,
+    "zero-shot classifier": zero_shot,
+    "feature extractor": features,
+    **{f"{name}, image part": functools.partial(tower, name, 0) for name in IMAGE_TEXT},
+    **{f"{name}, text part": functools.partial(tower, name, 1) for name in IMAGE_TEXT},
+}
+"""Models that are exported beside those of `models.families`."""
+
+
 def enliven(model: Any, size: int = 32) -> Any:
     """Draw all weights anew and let batch norms measure images, the same at every call.
 
     Outputs then vary with the images, and few scores are nearly equal: some networks begin with weights so small that
-    their outputs are constant.
+    their outputs are constant, or with batch norms that multiply by (nearly) zero.
     """
     generator = torch.Generator().manual_seed(3)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -160,6 +195,8 @@ def enliven(model: Any, size: int = 32) -> Any:
             if parameter.ndim > 1 and not name.endswith("logit_scale"):
                 fan_in = parameter[0].numel()
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
+        for norm in norms:
+            norm.weight.fill_(1)
         if norms and model.target_type is not None and model.target_type != "image_text":
             torch.manual_seed(0)
             for norm in norms:

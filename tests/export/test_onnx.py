@@ -1,5 +1,6 @@
 """Every export is what the model is, or an error."""
 
+import copy
 import importlib.util
 import io
 from pathlib import Path
@@ -11,6 +12,7 @@ from onnx_models import (
     HAS_ONNXSCRIPT,
     HAS_OPTIMUM,
     HAS_RUNTIME,
+    KINDS_OF_TIMM,
     Baked,
     CountingTower,
     Listing,
@@ -22,6 +24,7 @@ from onnx_models import (
     TokensFirst,
     TokenTower,
     enliven,
+    features,
     zero_shot,
 )
 from torch import nn
@@ -49,12 +52,16 @@ def run(data: bytes, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     return {o.name: torch.as_tensor(v) for o, v in zip(session.get_outputs(), values, strict=True)}
 
 
+DEEP = ("hf-mobilenet_v2", "hf-mobilevit-segmentation", "hf-mobilevitv2")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_exports_and_predicts_the_same(name, tmp_path):
     size, target_type = FAMILIES[name].size, FAMILIES[name].target_type
     model = enliven(make(name), size)
     export = export_onnx_model(model, input_size=size, folder=tmp_path)
-    assert export.max_error <= (1e-4 if name == "hf-mobilenet_v2" else 1e-5)  # 2e-5 with these weights
+    # Of these, torch itself is as far from the exact values: see test_deep_networks_round_no_worse_than_in_torch.
+    assert export.max_error <= (5e-5 if name in DEEP else 1e-5)
     assert "logits" in export.output_names
     assert export.exporter == find_exporters()[0]
     assert export.dynamic_size == (model.image_spec.variable_size and name != "hf-swin")
@@ -75,7 +82,40 @@ def test_every_family_exports_and_predicts_the_same(name, tmp_path):
             assert predicted.dtype == torch.uint8
             assert (predicted != expected).float().mean() < 0.02  # a pixel with two equal classes may go either way
         else:
+            assert (expected[0] - expected[1]).abs().max() > 1e-3  # a constant would prove nothing
             torch.testing.assert_close(predicted, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_networks_round_no_worse_than_in_torch(name):
+    model = enliven(make(name), 64)
+    data = export_onnx(model, input_size=64)
+    exact = copy.deepcopy(model).double()
+    for num_images, edge in ((1, 64), (2, 96), (5, 64)):
+        images = torch.rand(num_images, 3, edge, edge, generator=torch.Generator().manual_seed(edge))
+        got = run(data, pixel_values=images)["logits"].double()
+        with torch.no_grad():
+            truth, in_torch = exact(images.double()), model(images)
+        own = float((in_torch.double() - truth).abs().max())
+        assert own > 1e-6  # what any program that computes in float32 is off
+        assert float((got - truth).abs().max()) < 2 * own
+
+
+@pytest.mark.parametrize("name", KINDS_OF_TIMM)
+def test_networks_of_timm_of_several_kinds_export(name):
+    model = enliven(KINDS_OF_TIMM[name]())
+    export = export_onnx_model(model, input_size=64 if model.image_spec.variable_size else model.image_spec.height)
+    assert export.max_error <= 1e-5
+    assert export.output_names == ("logits", "probabilities")
+
+
+def test_feature_extractors_export(tmp_path):
+    model = features().eval()
+    assert export_onnx_model(model, input_size=32, folder=tmp_path).max_error <= 1e-5
+    images = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.prediction_step(images)
+    torch.testing.assert_close(load_onnx(tmp_path).prediction_step(images), expected, atol=1e-5, rtol=0)
 
 
 def towers_of(name):
