@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from iris_hf.engine.strategy import adopt_sharding_on_cpu, check_launcher
 from iris_hf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,8 +78,9 @@ def open_accelerator(device: Device | None = None, **options: Any) -> Iterator[A
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     if options.get("mixed_precision") == "auto":
         options["mixed_precision"] = "bf16" if on_cpu else "fp16"
-    if options.get("mixed_precision") == "fp16" and on_cpu:
+    if on_cpu and (options.get("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16":
         raise ConfigError("mixed precision fp16 needs a GPU. Use bf16 on a CPU.")
+    check_launcher()
     world_size = launched_world_size() or 1
     singletons: list[Any] = [AcceleratorState, GradientState]
     if world_size == 1:  # with several processes it holds the process group, of which there is one
@@ -86,11 +88,15 @@ def open_accelerator(device: Device | None = None, **options: Any) -> Iterator[A
     kept = [dict(singleton._shared_state) for singleton in singletons]
     for singleton in singletons:
         singleton._shared_state.clear()
+    group = PartialState._shared_state
+    strategy = group.get("distributed_type")
+    _forget_sharding(group)
     try:
         try:
             # The loop divides by its micro-batches itself; without this, an environment variable would do so again.
             accumulation = GradientAccumulationPlugin(num_steps=1)
             accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_plugin=accumulation, **options)
+            adopt_sharding_on_cpu(accelerator)
         except ValueError as error:
             raise ConfigError(f"Accelerate refuses this set-up: {error}") from error
         atexit.register(_leave_process_group)  # an open one can abort the process as it ends
@@ -103,9 +109,21 @@ def open_accelerator(device: Device | None = None, **options: Any) -> Iterator[A
             raise ConfigError(f"device={device!r}, but the launcher set this process up for {accelerator.device}.")
         yield accelerator
     finally:
+        _forget_sharding(group)
+        if strategy is not None:
+            group["distributed_type"] = strategy
         for singleton, state in zip(singletons, kept, strict=True):
             singleton._shared_state.clear()
             singleton._shared_state.update(state)
+
+
+def _forget_sharding(group: dict[str, Any]) -> None:
+    """Undo what an Accelerator under FSDP notes of itself in the processes' state, which the next one stumbles over."""
+    from accelerate.utils import DistributedType
+
+    if group.get("distributed_type") == DistributedType.FSDP:
+        kind = "GPU" if group["device"].type == "cuda" else group["device"].type.upper()
+        group["distributed_type"] = DistributedType(f"MULTI_{kind}")
 
 
 def _leave_process_group() -> None:

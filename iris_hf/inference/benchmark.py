@@ -29,6 +29,7 @@ from iris_hf.engine.loader import (
 from iris_hf.engine.memory import MIB, peak_host_memory
 from iris_hf.engine.plugins import Plugin, PluginList, PredictState, load_plugins
 from iris_hf.engine.rng import PREDICTION, STEP, mix, preserve_generators, seed_generators
+from iris_hf.engine.strategy import sharding_plugin
 from iris_hf.errors import ConfigError, noted
 from iris_hf.models.steps import Predictor, Trainable, as_predictor, as_trainable
 from iris_hf.types import Transform
@@ -142,6 +143,8 @@ def benchmark_model(
     trainable = None if skip_training else _as_trainable(measured)
     predictor = None if skip_prediction else as_predictor(measured)
     with open_accelerator(device, **plugin_list.accelerator_options()) as accelerator:
+        if sharding_plugin(accelerator) is not None:
+            raise ConfigError("benchmark_model measures whole models, and the launcher chose FSDP2: use --multi_gpu.")
         examples = Examples(
             dataset,
             transform,

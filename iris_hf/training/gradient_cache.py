@@ -97,6 +97,11 @@ class CachedPass:
         self.config = config
         self.num_kept_graphs = config.num_kept_graphs if config.memory_budget_in_mb is None else None
         self.compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())
+        self.sharded = accelerator.is_fsdp2
+        if self.sharded and (config.num_kept_graphs or config.memory_budget_in_mb is not None):
+            raise ConfigError(
+                "FSDP2 frees the weights that a kept graph needs: leave out num_kept_graphs and memory_budget_in_mb."
+            )
         self.frozen = [] if self.compiled else frozen_parts(module)
         self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._measured = False
@@ -142,15 +147,15 @@ class CachedPass:
         end.restore()
         return scalars(result)
 
-    def loss(self, inputs: Any, targets: Any) -> Tensor:
+    def loss(self, module: Cacheable, inputs: Any, targets: Any) -> Tensor:
         """See :class:`iris_hf.training.passes.Pass`; the features are computed in sub-batches here too."""
         results = []
         for part in split(inputs, self.config.sub_batch_size, num_examples=count_targets(targets)):
             with self.accelerator.autocast(), self.plugins.forward_context():
-                results.append(self.module(to_device(part, self.accelerator.device)))
+                results.append(module(to_device(part, self.accelerator.device)))
         tensors = [_joined(column) for column in zip(*map(feature_tensors, results), strict=True)]
         with self.accelerator.autocast():
-            loss: Tensor = self.module.measure(like_features(results[0], tensors), targets)["loss"]
+            loss: Tensor = module.measure(like_features(results[0], tensors), targets)["loss"]
         return loss
 
     def parts(self, inputs: Any, targets: Any) -> Iterable[tuple[Any, Any]]:
@@ -183,7 +188,7 @@ class CachedPass:
 
     def _measure(self, part: Any) -> Any:
         """Compute the features of the run's first sub-batch, and count what its graph holds."""
-        if self.compiled:
+        if self.compiled or self.sharded:
             return self.module(part)
         with saved_bytes(self.module) as self._saved:
             return self.module(part)
@@ -195,6 +200,8 @@ class CachedPass:
             raise ConfigError("No feature depends on a trainable parameter: there is nothing to train.")
         room = _ROOM_FOR_FROZEN * sum(tensor.nbytes for tensor in tensors)
         self.frozen = [module for module, outputs in calls.items() if can_be_replayed(outputs, room=room)]
+        if self.sharded:
+            return
         if self.compiled:
             if self.num_kept_graphs is None:
                 logger.warning("The graph of a compiled model cannot be measured: none is kept.")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from iris_hf.engine.shards import is_sharded
 from iris_hf.errors import ConfigError, unknown_name
 from iris_hf.models.steps import Cacheable, Trainable
 
@@ -94,11 +95,21 @@ def build_optimizer(
         options["nesterov"] = nesterov
     if recipe.amsgrad:
         options["amsgrad"] = True
+    if any(is_sharded(parameter) for group in groups for parameter in group["params"]):
+        options["foreach"] = True  # torch's choice for plain tensors on a GPU, which it does not make for these
     if recipe.sharded and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
         return ZeroRedundancyOptimizer(groups, optimizer_class=recipe.optimizer_class, **options)
     return recipe.optimizer_class(groups, **options)
+
+
+def load_optimizer_state(optimizer: Optimizer, stored: dict[str, Any]) -> None:
+    """Load a state; by which kernels to compute stays this run's affair."""
+    kernels = [group.get("foreach") for group in optimizer.param_groups]
+    optimizer.load_state_dict(stored)
+    for group, foreach in zip(optimizer.param_groups, kernels, strict=True):
+        group["foreach"] = foreach
 
 
 def parameter_groups(

@@ -38,8 +38,14 @@ class Pass(Protocol):
         """
         ...
 
-    def loss(self, inputs: Any, targets: Any) -> Tensor:
-        """Compute the loss of this rank's batch without gradients and without the other ranks."""
+    def loss(self, module: Any, inputs: Any, targets: Any) -> Tensor:
+        """Compute the loss of this rank's batch without gradients and without the other ranks.
+
+        Args:
+            module: The step of the whole model, which no other rank waits for.
+            inputs: The inputs, as `place` gave them.
+            targets: The targets.
+        """
         ...
 
     def parts(self, inputs: Any, targets: Any) -> Iterable[tuple[Any, Any]]:
@@ -74,11 +80,11 @@ class PlainPass:
             propagate(self.accelerator, result["loss"], divisor)
         return scalars(result)
 
-    def loss(self, inputs: Any, targets: Any) -> Tensor:
+    def loss(self, module: Trainable, inputs: Any, targets: Any) -> Tensor:
         """See :class:`Pass`."""
-        # The module inside DDP: ranks may have different numbers of batches, and must not wait for each other here.
+        # Not DDP's module: ranks may have different numbers of batches, and must not wait for each other here.
         with self.accelerator.autocast(), self.plugins.forward_context():
-            loss: Tensor = self.module(inputs, targets)["loss"]
+            loss: Tensor = module(inputs, targets)["loss"]
         return loss
 
     def parts(self, inputs: Any, targets: Any) -> Iterable[tuple[Any, Any]]:

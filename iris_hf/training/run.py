@@ -16,10 +16,12 @@ from torch import nn
 from iris_hf.engine.loader import EpochBatches, Failure, OrderedBatches, Reported
 from iris_hf.engine.plugins import Plugin, PluginList, TrainState
 from iris_hf.engine.rng import STEP, VALIDATION, mix, seed_generators
+from iris_hf.engine.shards import gather_nested
 from iris_hf.engine.streams import StreamBatches, StreamOnce
 from iris_hf.errors import ConfigError, DataError, noted
 from iris_hf.training.checkpoint import Checkpoint, CheckpointWriter, Preempted, Progress, RunFacts, TerminationFlag
 from iris_hf.training.config import TrainConfig
+from iris_hf.training.layouts import lay_out_model
 from iris_hf.training.optimizers import build_optimizer, parameter_groups
 from iris_hf.training.passes import Pass, Stepper, mean_of
 from iris_hf.training.schedulers import LearningRateSchedule, LrSchedulerConfig
@@ -72,7 +74,6 @@ class TrainingRun:
         self.skipped: dict[int | str, str] = {}
         self._plugin_states: dict[str, Any] = {}
 
-        module.to(accelerator.device)
         groups = parameter_groups(
             module,
             base_lr=config.base_lr,
@@ -82,16 +83,17 @@ class TrainingRun:
             lr_scale_param_names=config.lr_scale_param_names,
         )
         self.base_lrs = [group["lr"] for group in groups]
+        self.layout = lay_out_model(module, groups, accelerator)
         self.optimizer = build_optimizer(
             config.optimizer,
-            groups,
+            self.layout.groups,
             base_lr=config.base_lr,
             weight_decay=config.weight_decay,
             momentum=config.momentum,
             nesterov=config.nesterov,
         )
-        self.module = module
-        self.pass_ = make_pass(module, accelerator.prepare_model(module), accelerator, plugins)
+        self.module = self.layout.module
+        self.pass_ = make_pass(self.module, self.layout.model, accelerator, plugins)
 
         steps_per_epoch = -(-len(batches) // config.accumulation)
         self.schedule = LearningRateSchedule(
@@ -101,7 +103,7 @@ class TrainingRun:
         )
         self.state = TrainState(
             accelerator=accelerator,
-            model=module.model,
+            model=self.module.model,
             optimizer=self.optimizer,
             num_epochs=config.num_epochs,
             steps_per_epoch=steps_per_epoch,
@@ -160,12 +162,13 @@ class TrainingRun:
     def train_epoch(self) -> None:
         """Take the steps of one epoch, or what is left of them."""
         state = self.state
-        self.module.train()
+        self.layout.train()
         done = (state.step - state.epoch * state.steps_per_epoch) * self.config.accumulation
         self.batches.epoch, self.batches.start = state.epoch, done
         if not done:
             self.restore_plugins()
         self.plugins.notify("on_epoch_start", state)
+        self.layout.follow_modes()
         self.restore_plugins()
         remaining = len(self.batches) - done
         batches = iter(self.loader)
@@ -204,20 +207,20 @@ class TrainingRun:
         """Write a checkpoint of this moment between two steps."""
         state, writer = self.state, self.writer
         assert writer is not None
-        if hasattr(self.optimizer, "consolidate_state_dict"):  # sharded: the main process gets all of it
-            self.optimizer.consolidate_state_dict()
         scaler = self.accelerator.scaler
         is_main = self.accelerator.is_main_process
         writer.write(
             Progress(state.epoch, state.step, state.val_loss, is_validated, state.stop_reason),
-            parameters=dict(self.module.named_parameters()),
+            parameters=self.layout.parameters(keep=is_main),
             optimizer={
-                "optimizer": self.optimizer.state_dict() if is_main else {},
+                "optimizer": self.layout.optimizer_state(self.optimizer, keep=is_main),
                 "scaler": scaler.state_dict() if scaler is not None else {},
             },
             of_rank={
                 "buffers": dict(self.module.named_buffers()),
-                "plugins": {name: saved for name, plugin in self.named_plugins() if (saved := plugin.state_dict())},
+                "plugins": gather_nested(
+                    {name: saved for name, plugin in self.named_plugins() if (saved := plugin.state_dict())}
+                ),
                 "val_metrics": dict(state.val_metrics),
                 "skipped": dict(self.skipped),
                 "origins": dict(self.batches.origins),
@@ -231,9 +234,9 @@ class TrainingRun:
             ConfigError: If it holds the state of a plugin that this run doesn't have.
             DataError: If it is of another model.
         """
-        copy_into(dict(self.module.named_parameters()), checkpoint.parameters, "parameters")
+        self.layout.load_parameters(checkpoint.parameters)
         stored = checkpoint.optimizer
-        self.optimizer.load_state_dict(stored["optimizer"])
+        self.layout.load_optimizer(self.optimizer, stored["optimizer"])
         if self.accelerator.scaler is not None and stored["scaler"]:
             self.accelerator.scaler.load_state_dict(stored["scaler"])
         own = checkpoint.of_rank(self.accelerator.process_index)
@@ -299,8 +302,9 @@ class TrainingRun:
                 mix(self.seed, STEP, self.state.step, position, self.accelerator.process_index), self.accelerator.device
             )
             inputs, targets = self.plugins.transform("transform_batch", batch)
-            with self.noted():
+            with self.noted(), self.layout.explaining():
                 results.append(self.pass_.backward(inputs, targets, divisor=count, synchronise=position == count - 1))
+        self.layout.complete_gradients(scaled=scaler is not None)
         self.state.metrics = mean_of(results)
         if self.plugins.hooks("on_gradients_ready"):
             if scaler is not None:
@@ -337,15 +341,17 @@ class TrainingRun:
         state, accelerator = self.state, self.accelerator
         assert self.val_batches is not None
         self.synchronise_buffers()
-        was_training = self.module.training
-        self.module.eval()
+        module = self.layout.gather()
+        state.model = module.model
+        was_training = module.training
+        module.eval()
         self.plugins.notify("on_validation_start", state)
         loss_sum, count = torch.zeros((), device=accelerator.device), 0
         for examples, batch in self.val_batches.walk(self.val_loader):
             inputs, targets = self.take(batch)
             seed_generators(mix(self.seed, VALIDATION, state.epoch, examples.start), accelerator.device)
             with self.noted():
-                loss_sum += self.pass_.loss(inputs, targets).float() * len(examples)
+                loss_sum += self.pass_.loss(module, inputs, targets).float() * len(examples)
                 if watching := self.plugins.hooks("on_validation_batch"):
                     for part in self.pass_.parts(inputs, targets):
                         for watch in watching:
@@ -356,13 +362,15 @@ class TrainingRun:
             raise DataError("val_dataset is empty.")
         state.val_loss = sum(losses) / sum(counts)
         state.val_metrics = {k: v for hook in self.plugins.hooks("validation_metrics") for k, v in hook(state).items()}
-        self.module.train(was_training)
+        module.train(was_training)
         self.plugins.notify("on_validation_end", state)
+        state.model = self.module.model
+        self.layout.release()
 
     def trained_model(self) -> nn.Module:
         """Return the trained model: unwrapped, on the CPU, in train mode."""
         self.synchronise_buffers()
-        return self.module.to("cpu").model.train()
+        return self.layout.gather().to("cpu").model.train()
 
     def synchronise_buffers(self) -> None:
         """Make buffers equal on all ranks: the mean (BatchNorm's statistics), or rank 0's where they are integers.

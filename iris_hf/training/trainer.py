@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +21,16 @@ from iris_hf.engine.loader import Examples, Source, TargetCheck, closing_workers
 from iris_hf.engine.plugins import Plugin, PluginList, load_plugins
 from iris_hf.engine.rng import STEP, mix, preserve_generators, seed_generators
 from iris_hf.engine.streams import batches_once, training_batches
-from iris_hf.errors import ConfigError
 from iris_hf.models.steps import as_cacheable, as_trainable
 from iris_hf.training.checkpoint import CheckpointWriter, find_checkpoint
 from iris_hf.training.config import OptimizerName, TrainConfig
 from iris_hf.training.extends import extends
 from iris_hf.training.gradient_cache import CacheConfig, CachedPass
+from iris_hf.training.layouts import check_sharding
 from iris_hf.training.passes import Pass, PlainPass, Stepper
 from iris_hf.training.run import TrainingRun
 from iris_hf.training.schedulers import LrSchedulerConfig
 from iris_hf.types import CollateFunction, Transform
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +93,9 @@ def train(
     with batch 8 take the same steps as 1 with batch 16. (A model that draws random numbers of its own,
     such as dropout masks, draws others on other ranks.) A train set smaller than one full step is gone through
     several times per epoch.
+
+    Processes hold the whole model each, or shards of it where the launcher chose FSDP2 (docs/launching.md); the steps
+    are the same.
 
     A streaming train set, such as `from_hf` makes of a streaming Hugging Face data set, is read in its own order:
     shuffle it there, with a seed. When it ends, its next pass begins (`set_epoch` chooses another order of a shuffled
@@ -278,7 +278,7 @@ def fit(
         logger.warning("A validation interval is given, but no val_dataset: nothing is validated.")
 
     with open_accelerator(config.device, **_accelerator_options(config, plugins)) as accelerator:
-        _check_strategy(accelerator)
+        check_sharding(accelerator, optimizer=config.optimizer)
         checkpoint = find_checkpoint(config.resume, config.checkpoint_dir)
         drawn = None if checkpoint is None else checkpoint.facts.random_seed
         seed = agree_on_seed(config.random_seed if config.random_seed is not None else drawn)
@@ -353,13 +353,3 @@ def _accelerator_options(config: TrainConfig, plugins: PluginList) -> dict[str, 
         gradient_as_bucket_view=True,
     )
     return {"kwargs_handlers": [ddp], **plugins.accelerator_options()}
-
-
-def _check_strategy(accelerator: Accelerator) -> None:
-    from accelerate.utils import DistributedType
-
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ConfigError(
-            f"train works on one process or with DistributedDataParallel; the launcher chose "
-            f"{accelerator.distributed_type.value}. Launch with --multi_gpu, or torchrun."
-        )

@@ -21,7 +21,9 @@ class RunState:
 
     Attributes:
         accelerator: The run's Accelerator: rank, world size, device, gathering.
-        model: The caller's model as the run holds it (a copy in training), without wrappers.
+        model: The caller's model as the run holds it (a copy in training), without wrappers. Under FSDP2 it is whole
+            in `transform_model` and during validations, and at other times sharded: its parameters are DTensors, of
+            which `full_tensor()`, called on every process, gives the whole.
     """
 
     accelerator: Accelerator

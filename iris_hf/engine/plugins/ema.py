@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from iris_hf.engine.plugins.base import Plugin, TrainState
+from iris_hf.engine.shards import gather_part, lay_out, own_part
 from iris_hf.errors import ConfigError
 
 
@@ -38,11 +39,13 @@ class EMA(Plugin):
         self._update = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self._average: list[Tensor] = []
         self._parameters: list[nn.Parameter] = []
+        self._parts: list[Tensor] = []
         self._buffers: list[tuple[nn.Module, str]] = []
 
     def on_train_start(self, state: TrainState) -> None:
         """Find what to average."""
         self._parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+        self._parts = [own_part(parameter) for parameter in self._parameters]
         self._buffers = [
             (module, name)
             for module in state.model.modules()
@@ -81,20 +84,26 @@ class EMA(Plugin):
 
     def on_exit(self) -> None:
         """Let go of the tensors."""
-        self._average, self._parameters, self._buffers = [], [], []
+        self._average, self._parameters, self._parts, self._buffers = [], [], [], []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the average; that of buffers is each rank's own."""
-        return {"average": list(self._average)}
+        """Return the average, whole also where weights are sharded; that of buffers is each rank's own."""
+        pairs = zip(self._average, self._layout(), strict=False)
+        return {"average": [gather_part(average, tensor) for average, tensor in pairs]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the average back."""
-        self._average = [tensor.clone() for tensor in state["average"]]
+        pairs = zip(state["average"], self._layout(), strict=False)
+        self._average = [own_part(lay_out(average, tensor)).clone() for average, tensor in pairs]
         self._place()
 
     def _live(self) -> list[Tensor]:
-        """The tensors as the model has them now: a module may have put another in a buffer's place."""
-        return [*self._parameters, *(getattr(module, name) for module, name in self._buffers)]
+        """The tensors as this process has them now: a module may have put another in a buffer's place."""
+        return [*self._parts, *(getattr(module, name) for module, name in self._buffers)]
+
+    def _layout(self) -> list[Tensor]:
+        """The same, with the parameters' own layout, which may be sharded over the processes."""
+        return [*self._parameters, *self._live()[len(self._parts) :]]
 
     def _place(self) -> None:
         """Put a loaded average where it belongs."""
