@@ -178,6 +178,10 @@ def refusals() -> dict[str, list[str]]:
         iris_hf.train_with_gradient_cache(TwoTowers(), Pairs(), None, num_epochs=1, batch_size=4, num_kept_graphs=1)
     except iris_hf.ConfigError as error:
         said["kept"] = f"{type(error).__name__} {error}"
+    try:
+        iris_hf.benchmark_model(Deep(), Tensors(8), batch_size=2)
+    except iris_hf.ConfigError as error:
+        said["benchmark"] = f"{type(error).__name__} {error}"
     return {name: gather_object([message]) for name, message in said.items()}
 
 

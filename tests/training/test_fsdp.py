@@ -139,6 +139,7 @@ REFUSALS = {
     "compile": "ConfigError A compiled model cannot be sharded",
     "deepspeed": "ConfigError The launcher chose DeepSpeed, whose engine takes the optimizer steps itself",
     "outside": "FSDP2: the model uses parameters of a wrapped module outside that module's forward",
+    "benchmark": "ConfigError benchmark_model measures whole models, and the launcher chose FSDP2",
     "kept": "ConfigError FSDP2 frees the weights that a kept graph needs",
 }
 
