@@ -1,6 +1,8 @@
 """Fixtures that every room's tests share."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads th
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the examples first: each is minutes long, and on two cores the other tests run beside them."""
     items.sort(key=lambda item: not item.path.name.startswith("test_examples"))
+
+
+@pytest.fixture(autouse=True)
+def accelerate_forgets() -> Iterator[None]:
+    """Undo what a test's own Accelerator leaves in the process."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")
