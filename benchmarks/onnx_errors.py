@@ -8,26 +8,23 @@ at most 1e-5 from torch in float32. Both round, so both are compared with torch 
 enough is that far from it in torch itself.
 """
 
-import dataclasses
 import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / folder) for folder in ("", "export")]
 
 import torch  # noqa: E402
 from models.families import FAMILIES, TOWERS, make  # noqa: E402
-from onnx_models import FURTHER, enliven  # noqa: E402
+from onnx_models import FURTHER, enliven, far_from_exact  # noqa: E402
 
 from iris_hf.errors import ConfigError  # noqa: E402
-from iris_hf.export.cases import Case, Free, make_cases, run_case  # noqa: E402
-from iris_hf.export.check import compare, distance  # noqa: E402
+from iris_hf.export.cases import Free, make_cases  # noqa: E402
+from iris_hf.export.check import compare  # noqa: E402
 from iris_hf.export.examples import choose_size, make_inputs, split_inputs  # noqa: E402
-from iris_hf.export.graph import Graph, make_graph  # noqa: E402
+from iris_hf.export.graph import make_graph  # noqa: E402
 from iris_hf.export.onnx import export_onnx_model  # noqa: E402
 from iris_hf.export.precision import convert  # noqa: E402
 
@@ -53,7 +50,8 @@ def measure(model: torch.nn.Module, size: int) -> list[str]:
         file = Path(folder) / "model.onnx"
         file.write_bytes(export.data)
         try:
-            in_torch, in_onnx = far_from_exact(graph, make_graph(model, batch, layout).double(), cases, file)
+            far = far_from_exact(graph, make_graph(model, batch, layout).double(), cases, file)
+            in_torch, in_onnx = (f"{error:.1e}" for error in far)
         except ConfigError:  # the network itself mixes precisions
             in_torch = in_onnx = "-"
         smaller = []
@@ -76,21 +74,6 @@ def measure(model: torch.nn.Module, size: int) -> list[str]:
         ", ".join(free) or "-",
         export.exporter,
     ]
-
-
-def far_from_exact(graph: Graph, exact: Graph, cases: Sequence[Case], file: Path) -> tuple[str, str]:
-    """The largest error of torch and of ONNX Runtime, both in float32, against torch in float64."""
-    truths = []
-    for case in cases:
-        doubled = {name: t.double() if t.is_floating_point() else t for name, t in case.inputs.items()}
-        truths.append(dataclasses.replace(run_case(exact, doubled), inputs=case.inputs))
-    in_torch: list[Any] = [
-        distance(graph, name, truth, case.outputs)[0]
-        for case, truth in zip(cases, truths, strict=True)
-        for name in graph.output_names
-    ]
-    in_onnx = compare(graph, file, truths, precision="fp32", tolerance=None).errors
-    return f"{max(in_torch):.1e}", f"{max(in_onnx.values()):.1e}"
 
 
 if __name__ == "__main__":

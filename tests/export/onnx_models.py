@@ -1,13 +1,19 @@
 """Models for tests of the export, beside the families of the models' tests."""
 
+import dataclasses
 import functools
 import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from models.families import IMAGE_TEXT, NAMES, make
 from torch import nn
 
+from iris_hf.export.cases import Case, run_case
+from iris_hf.export.check import compare, distance
+from iris_hf.export.graph import Graph
 from iris_hf.models.classifier import ImageClassifier, append_classifier
 from iris_hf.models.contrastive import split_image_text_model
 from iris_hf.models.feature_extractor import make_feature_extractor_model
@@ -206,3 +212,18 @@ def enliven(model: Any, size: int = 32) -> Any:
             for norm in norms:
                 norm.running_var.clamp_(min=0.01)
     return model.eval()
+
+
+def far_from_exact(graph: Graph, exact: Graph, cases: Sequence[Case], file: Path) -> tuple[float, float]:
+    """The largest error of torch and of ONNX Runtime, both in float32, against the same model in float64."""
+    truths = []
+    for case in cases:
+        doubled = {name: t.double() if t.is_floating_point() else t for name, t in case.inputs.items()}
+        truths.append(dataclasses.replace(run_case(exact, doubled), inputs=case.inputs))
+    in_torch = [
+        distance(graph, name, truth, case.outputs)[0]
+        for case, truth in zip(cases, truths, strict=True)
+        for name in graph.output_names
+    ]
+    in_onnx = compare(graph, file, truths, precision="fp32", tolerance=None).errors
+    return max(in_torch), max(in_onnx.values())
