@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -20,8 +21,17 @@ from iris_hf.data.images import decode_image, encode_image, read_image_bytes
 from iris_hf.errors import ConfigError, DataError
 from iris_hf.types import TargetType
 
+logger = logging.getLogger(__name__)
+
 _SHUFFLING_DISALLOWED: Any = getattr(datasets.iterable_dataset, "DataSourcesShufflingDisallowed", ())
 """What `datasets` raises from 5.0 on; no exception before, where there is none to catch."""
+
+_CUTS = (datasets.iterable_dataset.SkipExamplesIterable, datasets.iterable_dataset.TakeExamplesIterable)
+_ALTERNATIONS = (
+    datasets.iterable_dataset.CyclingMultiSourcesExamplesIterable,
+    datasets.iterable_dataset.HorizontallyConcatenatedMultiSourcesExamplesIterable,
+)
+"""Steps that give other rows where their sources are divided: by count, or until one of the sources is exhausted."""
 
 
 def from_hf(
@@ -202,8 +212,12 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
 
     @property
     def num_shards(self) -> int:
-        """Files or other sources that the data set reads one after another."""
-        return int(self.hf_dataset.num_shards)
+        """Files or other sources by which the rows can be divided.
+
+        One, where the data set skips or takes rows, or alternates between sources: it would do so in every part.
+        """
+        is_whole = any(isinstance(step, (*_CUTS, *_ALTERNATIONS)) for step in _steps(self.hf_dataset._ex_iterable))
+        return 1 if is_whole else int(self.hf_dataset.num_shards)
 
     @property
     def is_split_by_node(self) -> bool:
@@ -221,13 +235,21 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
 
         Args:
             epoch: Seeds a shuffled data set, as :meth:`set_epoch` does, but for this iteration alone. A data set that
-                was not shuffled has the same order in every epoch, where `datasets` would shuffle its shards.
+                was not shuffled has the same order in every epoch, where `datasets` would shuffle its shards. So has
+                one that was cut by skip or take after it was shuffled: in another order it would be cut elsewhere, and
+                rows that were left for validation would be in it.
             part: Which part of the rows to read, from 0.
             num_parts: Parts that the rows are divided into by shards, as `split_dataset_by_node` does; it has to divide
                 the number of shards.
         """
         rows = self._rows.with_format(None)  # another object: loader workers share the epoch of the same one
         steps = _without_history(rows._ex_iterable)
+        if epoch and self._is_cut_after_shuffling():
+            logger.warning(
+                "A stream that was shuffled and then cut, by skip or take, has the same order in every pass. For "
+                "another order in each, cut it first: stream.skip(n).shuffle(seed)."
+            )
+            epoch = 0
         epoch = epoch if self.shuffled_by else 0
         if epoch:
             try:
@@ -278,6 +300,10 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
     def __repr__(self) -> str:
         return f"HFIterableDataset({self.target_type}, {self.num_classes} classes)"
 
+    def _is_cut_after_shuffling(self) -> bool:
+        steps = _steps(self.hf_dataset._ex_iterable)
+        return any(isinstance(step, _CUTS) and _shuffled_by(step) for step in steps)
+
     def _tables(self) -> Iterator[pa.Table]:
         for row in self._rows:
             yield self._table(row)
@@ -319,14 +345,21 @@ def _undecoded(value: Any) -> Any:
     return [_undecoded(item) for item in value] if isinstance(value, list) else value
 
 
+def _steps(ex_iterable: Any) -> Iterator[Any]:
+    """Yield the steps of a stream, from its sources on."""
+    for source in [getattr(ex_iterable, "ex_iterable", None), *getattr(ex_iterable, "ex_iterables", ())]:
+        if source is not None:
+            yield from _steps(source)
+    yield ex_iterable
+
+
 def _shuffled_by(ex_iterable: Any) -> list[str]:
     """Describe the steps of a stream that draw random numbers, and the generators that they draw from."""
-    sources = [getattr(ex_iterable, "ex_iterable", None), *getattr(ex_iterable, "ex_iterables", ())]
-    steps = [step for source in sources if source is not None for step in _shuffled_by(source)]
-    generator = getattr(ex_iterable, "generator", None)
-    if generator is None:
-        return steps
-    return [*steps, f"{getattr(ex_iterable, 'buffer_size', None)} {generator.bit_generator.state}"]
+    return [
+        f"{getattr(step, 'buffer_size', None)} {step.generator.bit_generator.state}"
+        for step in _steps(ex_iterable)
+        if getattr(step, "generator", None) is not None
+    ]
 
 
 def _leaves(features: datasets.Features, columns: list[str]) -> list[Any]:

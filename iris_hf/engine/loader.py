@@ -293,11 +293,13 @@ class EpochBatches(Sampler[list[Key]]):
         start: The first micro-batch that the next iteration yields; later ones start at 0 again.
         batches_per_epoch: Micro-batches of this rank in an epoch.
         num_parts: What streams have, see :class:`iris_hf.engine.streams.StreamBatches`: here None.
+        num_shards: Likewise: None.
         shuffled_by: Likewise: empty.
         origins: Likewise: empty.
     """
 
     num_parts: int | None = None
+    num_shards: int | None = None
     shuffled_by: str = ""
 
     def __init__(

@@ -11,10 +11,12 @@ consecutive examples. So a run depends on its number of parts, not on its number
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -133,9 +135,9 @@ class Stream(Source):
         return place
 
     def read(self, key: Key) -> Any:
-        """Return a row that was read for the last request, decoded."""
+        """Return a row that was read for the last request, decoded: an example of its own, each time."""
         row = self._rows[key]
-        return self.dataset.make_example(row.raw, row.index) if self._has_rows else row.raw
+        return self.dataset.make_example(row.raw, row.index) if self._has_rows else copy.deepcopy(row.raw)
 
     def label(self, key: Key) -> str:
         """Name a row by its number in its pass."""
@@ -158,8 +160,6 @@ class Stream(Source):
 
     def open(self, part: int, epoch: int) -> Iterator[Any]:
         """Begin a pass over a part."""
-        # A data set that shares itself among loader workers would leave rows out: here each of them reads all.
-        torch.utils.data._utils.worker._worker_info = None
         if self._has_rows:
             rows: Iterator[Any] = self.dataset.iter_rows(epoch, part=part, num_parts=self.num_parts)
             return rows
@@ -226,9 +226,14 @@ class _Reader:
             if not stream.endless:
                 return
             if index < 0:
-                raise DataError(
-                    f"{stream.name_part(self.part).capitalize()} has no examples in pass {epoch}. "
+                way_out = (
                     "A stream has to give its examples again each time that it is iterated over."
+                    if stream.num_parts == 1
+                    else f"Each of the {stream.num_parts} parts that its shards are divided into needs examples: use "
+                    "another number of processes, or shards of equal size."
+                )
+                raise DataError(
+                    f"{stream.name_part(self.part).capitalize()} has no examples in pass {epoch}. {way_out}"
                 )
             epoch, first = epoch + 1, first + index + 1
 
@@ -236,11 +241,13 @@ class _Reader:
         stream, index = self.stream, 0
         try:
             seed_generators(mix(stream.seed, READING, epoch, self.part))
-            rows = stream.open(self.part, epoch)
+            with _alone():
+                rows = stream.open(self.part, epoch)
             while True:
                 seed_generators(mix(stream.seed, READING, epoch, self.part, index))
                 try:
-                    raw = next(rows)
+                    with _alone():
+                        raw = next(rows)
                 except StopIteration:
                     return
                 yield raw
@@ -248,6 +255,20 @@ class _Reader:
         except Exception as error:
             place = f"before example {stream.name(self.part, index, epoch)}"
             raise failure_of(f"The data set failed {place}", error) from error
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Hide from a data set that it is read in a loader worker.
+
+    One that shares itself among workers would leave rows out: here each of them reads all.
+    """
+    worker = torch.utils.data._utils.worker
+    info, worker._worker_info = worker._worker_info, None
+    try:
+        yield
+    finally:
+        worker._worker_info = info
 
 
 class StreamBatches(Sampler[Request]):
@@ -261,6 +282,7 @@ class StreamBatches(Sampler[Request]):
         start: The first micro-batch that the next iteration yields; later ones start at 0 again.
         num_examples: Examples in a pass; None where that isn't known.
         num_parts: Parts that the stream is read in.
+        num_shards: Shards that these parts are made of; None where nobody knows.
         shuffled_by: What decides on the order of its rows, where that is known.
         origins: By part, from where a process that hasn't opened it has to read. The loop keeps it up to date, so that
             resuming reads no more than one pass.
@@ -272,6 +294,7 @@ class StreamBatches(Sampler[Request]):
         *,
         num_examples: int | None,
         num_parts: int,
+        num_shards: int | None = None,
         shuffled_by: str = "",
         batch_size: int,
         rank: int,
@@ -280,6 +303,7 @@ class StreamBatches(Sampler[Request]):
         self.num_batches = num_batches
         self.num_examples = num_examples
         self.num_parts: int | None = num_parts
+        self.num_shards = num_shards
         self.shuffled_by = shuffled_by
         self.origins: dict[int, Origin] = {}
         self.epoch = 0
@@ -395,6 +419,7 @@ def training_batches(
         steps_per_epoch * accumulation,
         num_examples=num_examples,
         num_parts=num_parts,
+        num_shards=dataset.num_shards if isinstance(dataset, SupportsRows) else None,
         shuffled_by=dataset.shuffled_by if isinstance(dataset, SupportsRows) else "",
         batch_size=batch_size,
         rank=rank,

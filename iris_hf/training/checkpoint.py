@@ -66,6 +66,7 @@ class RunFacts:
         momentum: The momentum.
         nesterov: Whether it is Nesterov's.
         num_stream_parts: Parts that a stream is read in; None for a map-style data set.
+        num_stream_shards: Shards of a stream, where that is known.
         stream_shuffled_by: Stands for the seed and the buffer that a stream is shuffled by.
     """
 
@@ -81,6 +82,7 @@ class RunFacts:
     momentum: float
     nesterov: bool
     num_stream_parts: int | None = None
+    num_stream_shards: int | None = None
     stream_shuffled_by: str = ""
 
 
@@ -145,10 +147,11 @@ class Checkpoint:
         before, now = asdict(self.facts), asdict(facts)
         different = [f"{name} was {before[name]!r}, now {now[name]!r}" for name in before if before[name] != now[name]]
         if different:
+            shuffle = " Give shuffle the seed and the buffer_size that it had." if facts.stream_shuffled_by else ""
             raise ConfigError(
                 f"The checkpoint {str(self.folder)!r} belongs to another run: {'; '.join(different)}. On another "
-                "number of processes, change batch_size so that a step has as many examples as before. To start "
-                "afresh, leave out resume or choose another checkpoint_dir."
+                f"number of processes, change batch_size so that a step has as many examples as before.{shuffle} To "
+                "start afresh, leave out resume or choose another checkpoint_dir."
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +78,8 @@ class TrainConfig:
             "steps_per_epoch",
         ):
             value = getattr(self, name)
+            if value is not None and not isinstance(value, Integral):
+                raise ConfigError(f"{name} must be a whole number, got {value!r}.")
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
         for name in ("base_lr", "weight_decay", "momentum", "num_dataloader_workers"):

@@ -191,6 +191,7 @@ class TrainingRun:
             random_seed=self.seed,
             num_examples=self.batches.num_examples,
             num_stream_parts=self.batches.num_parts,
+            num_stream_shards=self.batches.num_shards,
             stream_shuffled_by=self.batches.shuffled_by,
             examples_per_step=self.state.examples_per_step,
             num_epochs=self.state.num_epochs,

@@ -100,11 +100,13 @@ def train(
     A streaming train set, such as `from_hf` makes of a streaming Hugging Face data set, is read in its own order:
     shuffle it there, with a seed. When it ends, its next pass begins (`set_epoch` chooses another order of a shuffled
     one), in the middle of an epoch if need be. Give every process the whole stream. If its shards can be divided
-    evenly by the number of processes, each process reads its own; otherwise each reads all and decodes its own
-    examples, and the global batches are the same on any number of processes. Likewise every loader worker reads all
-    that its process reads, and decodes its own batches. What is drawn for an example depends on the seed, the pass and
-    the example's number. Resuming reads forward to where the run was; a run that was divided by shards keeps that
-    division on another number of processes too.
+    evenly by the number of processes, each process reads its own, and every batch has as many rows of each part: shards
+    of equal size are used equally often. Otherwise, and for streams with `skip` or `take`, each reads all and decodes
+    its own examples, and the global batches are the same on any number of processes. Likewise every loader worker
+    reads all that its process reads, and decodes its own batches. (What a stream's own `map` and `filter` decode, they
+    decode for every reader: give them `input_columns`, or use `train_transform`.) What is drawn for an example depends
+    on the seed, the pass and the example's number. Resuming reads forward to where the run was; a run that was divided
+    by shards keeps that division on another number of processes too.
 
     BatchNorm sees its own process's part of a batch; its statistics are averaged over the processes before each
     validation and at the end. The caller's model and random generators stay as they are.
@@ -116,7 +118,7 @@ def train(
         val_dataset: Gone through at intervals; each example counts once in the validation loss. May be a stream.
         val_transform: As `train_transform`, for validation.
         collate_function: list of `(input, target)` -> `(inputs_batch, targets_batch)`; the contract's rules when None.
-        num_epochs: Times that every example is used.
+        num_epochs: Times that every example is used, or of a stream epochs of `steps_per_epoch`.
         batch_size: Examples per process and micro-batch.
         base_lr: Learning rate that the scheduler's curve multiplies.
         device: `"cpu"` or `"cuda"`; what is there when None.

@@ -434,7 +434,7 @@ SHUFFLED = {
     "buffer": lambda: numbered().shuffle(seed=1, buffer_size=6),
     "one shard after another": lambda: numbered().shuffle(seed=1, buffer_size=6, max_buffer_input_shards=1),
     "mixed": lambda: datasets.interleave_datasets([numbered(), numbered()], probabilities=[0.3, 0.7], seed=2),
-    "parts": lambda: numbered().shuffle(seed=1, buffer_size=6).skip(3).take(15),
+    "parts": lambda: numbered().skip(3).take(15).shuffle(seed=1, buffer_size=6),
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from datasets.distributed import split_dataset_by_node
@@ -316,6 +317,8 @@ def test_wrong_configurations_say_what_to_give(shards: Path) -> None:
         train_stream(stream, steps_per_epoch=None, accumulate_grad_batches=2)
     with pytest.raises(iris_hf.ConfigError, match="steps_per_epoch must be at least 1, got 0"):
         train_stream(stream, steps_per_epoch=0)
+    with pytest.raises(iris_hf.ConfigError, match=r"steps_per_epoch must be a whole number, got 2\.5"):
+        train_stream(stream, steps_per_epoch=2.5)
     with pytest.raises(iris_hf.ConfigError, match="train_dataset is a generator, which can be gone through once only"):
         train_stream(iter(Pairs(10)))
     with pytest.raises(
@@ -371,6 +374,49 @@ def test_validation_and_prediction_are_those_of_a_map_style_data_set(shards: Pat
         wanted = iris_hf.predict(rows, Net(), batch_size=4)
         assert torch.equal(predicted.predictions, wanted.predictions)
         assert predicted.targets.tolist() == [label for _, label in rows]
+
+
+def test_a_held_out_part_of_a_stream_is_never_trained_on(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def numbers(stream: datasets.IterableDataset, epoch: int) -> list[bytes]:
+        return [row["image"]["bytes"] for row in iris_hf.from_hf(stream).iter_rows(epoch)]
+
+    for rows in (load(shards), load(shards, 6)):
+        held_out, everything = numbers(rows.take(5), 0), numbers(rows, 0)
+        for epoch in range(4):
+            assert sorted(numbers(rows.skip(5), epoch) + held_out) == sorted(everything)
+    assert "has the same order in every pass. For another order in each, cut it first" in caplog.text
+    cut_first = load(shards).skip(5).shuffle(seed=0, buffer_size=6)
+    passes = [numbers(cut_first, epoch) for epoch in range(3)]
+    assert passes[0] != passes[1] != passes[2]
+    assert all(sorted(rows) == sorted(passes[0]) for rows in passes)
+
+
+def test_streams_whose_rows_depend_on_the_whole_are_not_divided(even_shards: Path) -> None:
+    stream = load(even_shards)
+    assert iris_hf.from_hf(stream).num_shards > 1
+    for whole in (
+        stream.skip(3),
+        stream.take(3),
+        stream.skip(3).shuffle(seed=0),
+        datasets.interleave_datasets([stream] * 2),
+    ):
+        assert iris_hf.from_hf(whole).num_shards == 1
+
+
+def test_a_transform_in_place_changes_no_later_example() -> None:
+    class Fresh(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+            return iter([(torch.full((3, 4, 4), float(i)), i % 2) for i in range(8)])
+
+    def doubled(image: torch.Tensor) -> torch.Tensor:
+        torch.rand(())  # drawing makes a batch twice
+        return image.mul_(2)
+
+    config = {"train_transform": doubled, "val_transform": doubled, "base_lr": 0.0, "num_epochs": 3}
+    _, seen = train_stream(Fresh(), val_dataset=Fresh(), **config)
+    assert len(set(seen.val_losses.values())) == 1
+    _, with_workers = train_stream(Fresh(), val_dataset=Fresh(), num_dataloader_workers=2, **config)
+    assert seen.losses == with_workers.losses
 
 
 def test_train_and_validation_may_read_the_same_stream(shards: Path) -> None:
