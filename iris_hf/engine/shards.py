@@ -43,11 +43,11 @@ def gather_nested(value: Any, *, keep: bool = True) -> Any:
 
 
 def gather_part(part: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor whose part this process holds, laid out like another; the part itself if that is plain.
+    """Return, on the CPU, the tensor whose part this process holds; the part itself where the other is plain.
 
     Args:
         part: As :func:`own_part` gives it for `like`; on any device.
-        like: Of the same shape.
+        like: Laid out as the tensor was.
     """
     if not is_sharded(like):
         return part
@@ -57,7 +57,7 @@ def gather_part(part: Tensor, like: Tensor) -> Tensor:
     sharded = DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
-    return gather(sharded).to(part.device)
+    return gather(sharded).to("cpu")
 
 
 def lay_out(whole: Tensor, like: Tensor) -> Tensor:

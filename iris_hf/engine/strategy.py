@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import TYPE_CHECKING
 
@@ -82,8 +83,11 @@ def check_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
     Raises:
         ConfigError: For those.
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy
+    import torch
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise ConfigError(f"FSDP2 needs torch 2.7 or later, and this is {torch.__version__}: pip install 'torch>=2.7'.")
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ConfigError("fsdp_offload_params is not there in train: leave it out, or set it to false.")
     if plugin.activation_checkpointing:

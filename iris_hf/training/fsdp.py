@@ -55,6 +55,8 @@ class Sharded:
         self.whole = module
         self.module = copy.deepcopy(module)
         _equalise(self.module, self.device)
+        for parameter in self.module.parameters():
+            parameter.data = parameter.data.contiguous()  # channels_last cannot be sharded
         names = {parameter: name for name, parameter in module.named_parameters()}
         replicated = _unshardable(self.module)
         units = find_units(self.module, plugin)
@@ -126,14 +128,14 @@ class Sharded:
                 replica.grad = DTensor.from_local(gradient, self.mesh, [Replicate()], run_check=False)
             parameter.grad = None
 
-    def gather(self) -> Stepper:
+    def gather(self, device: torch.device | None = None) -> Stepper:
         """See :class:`~iris_hf.training.layouts.Layout`."""
         from torch.distributed.fsdp import FSDPModule
 
         for unit in self.module.modules():
             if isinstance(unit, FSDPModule):
                 unit.reshard()
-        self.whole.to(self.device)
+        self.whole.to(device or self.device)
         with torch.no_grad():
             parameters = dict(self.module.named_parameters())
             for name, parameter in self.whole.named_parameters():

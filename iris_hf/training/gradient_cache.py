@@ -124,6 +124,8 @@ class CachedPass:
             DataError: If the inputs of a batch differ in length, or the loss is NaN or infinite.
         """
         parts = split(inputs, self.config.sub_batch_size, num_examples=count_targets(targets))
+        if self.sharded:
+            self._agree_on_number(len(parts))
         # Under DDP the last sub-batch goes forward and backward with nothing in between: it is never a kept one.
         limit = len(parts) - (self.accelerator.num_processes > 1)
         cache = [self._first_pass(part, position=k, limit=limit) for k, part in enumerate(parts)]
@@ -201,6 +203,7 @@ class CachedPass:
         room = _ROOM_FOR_FROZEN * sum(tensor.nbytes for tensor in tensors)
         self.frozen = [module for module, outputs in calls.items() if can_be_replayed(outputs, room=room)]
         if self.sharded:
+            self._agree_on_frozen(list(calls))
             return
         if self.compiled:
             if self.num_kept_graphs is None:
@@ -216,6 +219,23 @@ class CachedPass:
             "parts are computed once.",
             *(self.config.sub_batch_size, mib, self.num_kept_graphs, len(self.frozen)),
         )
+
+    def _agree_on_number(self, num_parts: int) -> None:
+        """Make sure that sharded processes, which compute every layer together, have as many sub-batches."""
+        extremes = torch.tensor([num_parts, -num_parts], device=self.accelerator.device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        most, fewest = int(extremes[0]), -int(extremes[1])
+        if most != fewest:
+            raise DataError(
+                f"Under FSDP2 every process needs as many sub-batches of {self.config.sub_batch_size}; they have from "
+                f"{fewest} to {most}. Keep batches equally long in collate_function and plugins, or use ddp.yaml."
+            )
+
+    def _agree_on_frozen(self, candidates: list[nn.Module]) -> None:
+        """Compute a frozen part once only if every sharded process can: they gather its weights together."""
+        flags = torch.tensor([int(part in self.frozen) for part in candidates], device=self.accelerator.device)
+        dist.all_reduce(flags, dist.ReduceOp.MIN)
+        self.frozen = [part for part, flag in zip(candidates, flags.tolist(), strict=True) if flag]
 
     def _derive(self, cache: list[_Cached], targets: Any) -> tuple[dict[str, Any], _SplitGradients]:
         """Compute the loss of all features, and its derivatives by them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -52,8 +53,12 @@ class Layout(Protocol):
         """
         ...
 
-    def gather(self) -> Stepper:
-        """Return the model with its weights of this moment, whole, on the device; every process calls this."""
+    def gather(self, device: torch.device | None = None) -> Stepper:
+        """Return the model with its weights of this moment, whole; every process calls this.
+
+        Args:
+            device: Where to put it; the accelerator's device when None.
+        """
         ...
 
     def release(self) -> None:
@@ -122,9 +127,9 @@ class Whole:
     def complete_gradients(self, *, scaled: bool) -> None:
         """Do nothing: DistributedDataParallel has averaged all."""
 
-    def gather(self) -> Stepper:
+    def gather(self, device: torch.device | None = None) -> Stepper:
         """Return the module itself."""
-        return self.module
+        return self.module if device is None else self.module.to(device)
 
     def release(self) -> None:
         """Do nothing."""

@@ -371,7 +371,7 @@ class TrainingRun:
     def trained_model(self) -> nn.Module:
         """Return the trained model: unwrapped, on the CPU, in train mode."""
         self.synchronise_buffers()
-        return self.layout.gather().to("cpu").model.train()
+        return self.layout.gather(torch.device("cpu")).model.train()
 
     def synchronise_buffers(self) -> None:
         """Make buffers equal on all ranks: the mean (BatchNorm's statistics), or rank 0's where they are integers.

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from pairs import DictTowers, Pairs, TwoTowers
-from sharded import RESUMED, RUNS, Accuracy, Deep, Interrupter, train_deep
+from pairs import Pairs, TwoTowers
+from sharded import RESUMED, RUNS, Accuracy, Deep, Interrupter, cached_models, train_deep
 from tiny import NormNet, Recorder, Tensors
 from torch import nn
 
@@ -81,7 +81,7 @@ def beside_ddp() -> list[dict[str, Any]]:
 def cached() -> dict[str, Any]:
     results = {}
     set_up("SIZE_BASED_WRAP")
-    for name, model in {"tied": TwoTowers("siglip", tied=True), "gathered": DictTowers()}.items():
+    for name, model in cached_models().items():
         recorder = Recorder()
         settings = {"num_epochs": 2, "batch_size": 6, "base_lr": 0.1, "random_seed": 0, "optimizer": "adamw"}
         trained = iris_hf.train_with_gradient_cache(
@@ -97,6 +97,24 @@ def cached() -> dict[str, Any]:
         ).model
         results[name] = {"weights": trained.state_dict(), "losses": recorder.losses}
     return results
+
+
+def uneven() -> list[str]:
+    """What each process says when the second has fewer sub-batches than the first."""
+
+    class Cut(iris_hf.Plugin):
+        def transform_batch(self, batch: Any) -> Any:
+            (images, texts), targets = batch
+            count = len(images) if os.environ["RANK"] == "0" else 3
+            return (images[:count], texts[:count]), targets[:count]
+
+    set_up("SIZE_BASED_WRAP")
+    settings = {"num_epochs": 1, "batch_size": 6, "sub_batch_size": 3, "num_dataloader_workers": 0, "plugins": [Cut()]}
+    try:
+        iris_hf.train_with_gradient_cache(TwoTowers(), Pairs(60), None, **settings)
+    except iris_hf.DataError as error:
+        return list(gather_object([str(error)]))
+    return []
 
 
 def resumed(folder: Path) -> dict[str, Any]:
@@ -198,6 +216,7 @@ if __name__ == "__main__":
         "equal": equal_runs(),
         "beside_ddp": beside_ddp(),
         "cached": cached(),
+        "uneven": uneven(),
         "resumed": resumed(folder),
         "watched": watched(folder),
         "scaled": scaled(),

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from pairs import DictTowers, TwoTowers
 from tiny import Recorder, Tensors, noisy
 from torch import Tensor, nn
 
@@ -135,3 +136,10 @@ class Interrupter(iris_hf.Plugin):
             raise RuntimeError("interrupted")
         if state.accelerator.process_index == state.accelerator.num_processes - 1:
             os.kill(os.getpid(), self.signal)
+
+
+def cached_models() -> dict[str, nn.Module]:
+    """Models for the gradient cache: of each kind that sharding treats in another way."""
+    frozen = TwoTowers()
+    frozen.image_model.requires_grad_(False)
+    return {"tied": TwoTowers("siglip", tied=True), "gathered": DictTowers(), "frozen": frozen}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from launching import ROOT, run_python
-from pairs import DictTowers, Pairs, TwoTowers
+from pairs import Pairs
 from safetensors.torch import load_file
-from sharded import RESUMED, RUNS, Accuracy, Deep, Interrupter, train_deep
+from sharded import RESUMED, RUNS, Accuracy, Deep, Interrupter, cached_models, train_deep
 from tiny import Recorder
 
 import iris_hf
@@ -81,11 +81,11 @@ def test_sharding_changes_nothing_of_what_depends_on_the_number_of_processes(on_
     torch.testing.assert_close(sharded["predictions"], whole["predictions"])
 
 
-@pytest.mark.parametrize("name", ["tied", "gathered"])
+@pytest.mark.parametrize("name", cached_models())
 def test_the_gradient_cache_is_exact_on_shards(on_two: dict[str, Any], name: str) -> None:
     recorder = Recorder()
     trained = iris_hf.train_with_gradient_cache(
-        TwoTowers("siglip", tied=True) if name == "tied" else DictTowers(),
+        cached_models()[name],
         Pairs(60),
         None,
         num_epochs=2,
@@ -100,6 +100,11 @@ def test_the_gradient_cache_is_exact_on_shards(on_two: dict[str, Any], name: str
     ).model
     assert on_two["cached"][name]["losses"] == pytest.approx(recorder.losses, rel=1e-8)
     assert_close(on_two["cached"][name]["weights"], trained.state_dict(), 1e-8)
+
+
+def test_sub_batches_that_sharded_processes_cannot_share_are_an_error_on_each(on_two: dict[str, Any]) -> None:
+    assert len(on_two["uneven"]) == 2
+    assert all("as many sub-batches of 3; they have from 1 to 2" in message for message in on_two["uneven"])
 
 
 @pytest.mark.parametrize("what", ["an error", "SIGTERM"])

@@ -14,6 +14,7 @@ import pytest
 import resume_run
 from launching import environment
 
+from iris_hf.engine.launch import run_in_workers
 from iris_hf.training.checkpoint import PREEMPTED, open_checkpoint
 
 ENDLESS: dict[str, Any] = {"random_seed": 0, "num_epochs": 100_000, "batch_size": 4, "num_dataloader_workers": 0}
@@ -66,6 +67,18 @@ def test_sigterm_to_a_caller_of_workers_writes_a_checkpoint_and_ends_it_with_the
         assert open_checkpoint(run.newest()).progress.step >= open_checkpoint(before).progress.step
     finally:
         run.close()
+
+
+@pytest.mark.parametrize(
+    ("leave", "error", "message"),
+    [(sys.exit, SystemExit, "0"), (os._exit, RuntimeError, "ended before it gave a result")],
+    ids=["sys.exit", "os._exit"],
+)
+def test_a_worker_that_ends_without_a_result_is_an_error(leave: Any, error: type[BaseException], message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        run_in_workers(leave, 0, num_processes=1, device="cpu")
+    if error is SystemExit:
+        assert "In worker 0 of the local run" in raised.value.__notes__[0]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "the caller"])
