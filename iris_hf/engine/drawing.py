@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +12,8 @@ import PIL.Image
 import torch
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _TILE, _LINE, _GAP = 176, 16, 6  # pixels
 _WHITE, _BLACK, _RIGHT, _WRONG = (255, 255, 255), (0, 0, 0), (0, 120, 0), (190, 0, 0)
@@ -54,51 +58,54 @@ def draw_examples(
 
     Classes and labels stand below the image, in green where they are right, in red where they are wrong. Boxes (the 50
     most probable of at least 0.3) and masks are drawn twice, as annotated and as predicted, with a colour per class.
+    Left out are boxes that are not finite and, with a warning, images of size 0 and examples of other forms.
 
     Args:
         images: Floats `[1 or 3, H, W]`; values outside of [0, 1] are scaled into it, image by image.
-        targets: One per image: a class index, 0/1 labels `[C]`, boxes `[n, 5]` or masks `[C, H, W]`.
+        targets: One per image: a class index, 0/1 labels `[C]`, boxes `[n, 5]` or masks `[C, H, W]`; a tensor without
+            values stands for no boxes, among the predictions too.
         predictions: Likewise: scores `[C]` or a class index, scores `[C]`, boxes `[m, 6]`, masks or scores `[C, H, W]`.
         class_names: None names classes by their numbers.
 
     Returns:
-        An RGB picture, uint8 `[height, width, 3]`; None for targets or predictions of other forms.
+        An RGB picture, uint8 `[height, width, 3]`; None if no example can be drawn.
     """
-    tiles = []
-    for image, target, prediction in zip(images, targets, predictions, strict=True):
-        tile = _draw_example(_to_picture(image), target, prediction, class_names)
-        if tile is None:
-            return None
-        tiles.append(tile)
-    return np.asarray(_arrange(tiles))
+    tiles = [
+        tile
+        for image, target, prediction in zip(images, targets, predictions, strict=True)
+        if image.numel() and (tile := _draw_example(_to_picture(image), target, prediction, class_names)) is not None
+    ]
+    if tiles and len(tiles) < len(images):
+        logger.warning("%d of %d examples cannot be drawn and are left out.", len(images) - len(tiles), len(images))
+    return np.asarray(_arrange(tiles)) if tiles else None
 
 
 def _draw_example(
     picture: PIL.Image.Image, target: Any, prediction: Any, class_names: Sequence[str] | None
 ) -> PIL.Image.Image | None:
-    if not isinstance(prediction, Tensor) or not isinstance(target, (Tensor, int)):
+    if not isinstance(prediction, Tensor) or not isinstance(target, (Tensor, numbers.Integral)):
         return None
-    target = torch.as_tensor(target)
+    target = target if isinstance(target, Tensor) else torch.tensor(int(target))
     form = target.dim(), prediction.dim()
     if form == (3, 3):
-        annotated, predicted = (_cover(picture, _classes_of_pixels(masks)) for masks in (target, prediction))
-        return _side_by_side(annotated, predicted)
-    if form == (2, 2) and target.shape[1] == 5 and prediction.shape[1] == 6:
-        sure = prediction[prediction[:, 1] >= _LEAST_PROBABILITY]
+        return _side_by_side(*(_cover(picture, masks) for masks in (target, prediction)))
+    boxes, found = _finite_boxes(target, 5), _finite_boxes(prediction, 6)
+    if boxes is not None and found is not None:
+        sure = found[found[:, 1] >= _LEAST_PROBABILITY]
         sure = sure[sure[:, 1].argsort(descending=True)][:_MOST_BOXES]
-        annotated = _frame(picture, target[:, 0], target[:, 1:], class_names)
+        annotated = _frame(picture, boxes[:, 0], boxes[:, 1:], class_names)
         predicted = _frame(picture, sure[:, 0], sure[:, 2:], class_names)
         return _side_by_side(annotated, predicted)
     if form == (1, 1) and target.shape == prediction.shape and (len(target) > 1 or prediction.is_floating_point()):
         threshold = 0.5 if _are_probabilities(prediction) else 0.0
-        found, wanted = (
+        chosen, wanted = (
             [_name(index, class_names) for index in (scores > least).nonzero().flatten().tolist()]
             for scores, least in ((prediction, threshold), (target, 0))
         )
-        return _with_lines(picture, _compare(", ".join(found) or "none", ", ".join(wanted) or "none"))
+        return _with_lines(picture, _compare(", ".join(chosen) or "none", ", ".join(wanted) or "none"))
     if target.numel() == 1 and not target.is_floating_point():
         best, certainty = prediction, ""
-        if prediction.dim() == 1 and prediction.is_floating_point():
+        if prediction.dim() == 1 and prediction.is_floating_point() and len(prediction):
             best = prediction.argmax()
             certainty = f" {float(prediction[best]):.2f}" if _are_probabilities(prediction) else ""
         if best.numel() == 1 and not best.is_floating_point():
@@ -106,6 +113,15 @@ def _draw_example(
                 picture, _compare(_name(int(best), class_names), _name(int(target), class_names), certainty)
             )
     return None
+
+
+def _finite_boxes(values: Tensor, num_columns: int) -> Tensor | None:
+    """Return the rows `[n, num_columns]` whose values are all finite; None if they are no boxes."""
+    if not values.numel():
+        return values.new_zeros(0, num_columns)
+    if values.dim() != 2 or values.shape[1] != num_columns:
+        return None
+    return values[values.isfinite().all(1)]
 
 
 def _compare(predicted: str, wanted: str, certainty: str = "") -> Lines:
@@ -117,7 +133,9 @@ def _are_probabilities(scores: Tensor) -> bool:
 
 
 def _name(index: int, class_names: Sequence[str] | None) -> str:
-    return class_names[index] if class_names is not None and 0 <= index < len(class_names) else str(index)
+    if class_names is None or not 0 <= index < len(class_names):
+        return str(index)
+    return " ".join(class_names[index].split())  # in one line
 
 
 def _colour(index: int) -> tuple[int, int, int]:
@@ -140,12 +158,16 @@ def _to_picture(image: Tensor) -> PIL.Image.Image:
 
 def _classes_of_pixels(masks: Tensor) -> np.ndarray[Any, Any]:
     """Return the class of every pixel `[H, W]` of masks or scores, -1 where all are 0."""
-    classes: np.ndarray[Any, Any] = torch.where((masks != 0).any(0), masks.argmax(0), -1).cpu().numpy()
+    values = masks.byte() if masks.dtype == torch.bool else masks
+    classes: np.ndarray[Any, Any] = torch.where((values != 0).any(0), values.argmax(0), -1).cpu().numpy()
     return classes
 
 
-def _cover(picture: PIL.Image.Image, classes: np.ndarray[Any, Any]) -> PIL.Image.Image:
-    """Lay the colours of classes over a picture."""
+def _cover(picture: PIL.Image.Image, masks: Tensor) -> PIL.Image.Image:
+    """Lay the colours of classes over a picture; masks without classes or pixels leave it as it is."""
+    if not masks.numel():
+        return picture
+    classes = _classes_of_pixels(masks)
     colours = np.array([_colour(index) for index in range(len(_PALETTE))], dtype=np.uint8)[classes % len(_PALETTE)]
     colours = np.where(classes[..., None] < 0, 0, colours).astype(np.uint8)
     overlay = PIL.Image.fromarray(colours).resize(picture.size, PIL.Image.Resampling.NEAREST)
@@ -187,8 +209,8 @@ def _side_by_side(annotated: PIL.Image.Image, predicted: PIL.Image.Image) -> PIL
 
 
 def _arrange(tiles: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
-    """Lay tiles of one size out in rows that are about as wide as all of them are high."""
-    width, height = tiles[0].width + _GAP, tiles[0].height + _GAP
+    """Lay tiles out in rows that are about as wide as all of them are high."""
+    width, height = max(tile.width for tile in tiles) + _GAP, max(tile.height for tile in tiles) + _GAP
     columns = min(len(tiles), max(2, round((len(tiles) * height / width) ** 0.5)))
     rows = -(-len(tiles) // columns)
     grid = PIL.Image.new("RGB", (columns * width - _GAP, rows * height - _GAP), _WHITE)

@@ -38,8 +38,9 @@ def run_in_workers(
 
     Raises:
         Exception: The error of the worker that failed first, with its traceback as a note.
-        SystemExit: If a worker left by one, as after SIGTERM, which is passed on to the workers.
-        RuntimeError: If a worker died without an error (killed, out of memory).
+        SystemExit: If a worker left by one, as after SIGTERM, which is passed on to the workers; also with code 0, if
+            the first worker gave no result.
+        RuntimeError: If a worker died without an error (killed, out of memory), or ended before it gave a result.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 
@@ -88,6 +89,8 @@ def _run(folder: Path, call: tuple[Any, ...], num_processes: int, device: Device
     finally:
         if threads is None:
             del os.environ["OMP_NUM_THREADS"]
+    if not (folder / _RESULT).exists():
+        raise _first_error(folder) or RuntimeError("The first worker of the local run ended before it gave a result.")
     with open(folder / _RESULT, "rb") as file:
         return cloudpickle.load(file)
 

@@ -72,6 +72,46 @@ def test_images_of_any_size_colour_and_range_are_drawn() -> None:
     assert picture.shape[2] == 3
 
 
+def test_what_is_not_finite_or_empty_is_left_out_and_the_rest_is_drawn() -> None:
+    box, nan, inf = [0, 0.2, 0.2, 0.8, 0.8], float("nan"), float("inf")
+    found = [0, 0.9, *box[1:]]
+    expected = draw_examples([BLACK], [torch.tensor([box])], [torch.tensor([found])])
+    targets = torch.tensor([box, [0, nan, 0.2, 0.8, 0.8], [nan, 0, 0, 1, 1]])
+    predictions = torch.tensor([[0, 0.9, 0, 0, inf, 1], found, [0, nan, 0, 0, 1, 1], [0, inf, 0, 0, 1, 1]])
+    assert np.array_equal(draw_examples([BLACK], [targets], [predictions]), expected)
+    assert np.array_equal(draw_examples([torch.zeros(3, 0, 9), BLACK], [targets] * 2, [predictions] * 2), expected)
+    assert draw_examples([torch.zeros(3, 4, 0)], [0], torch.rand(1, 2)) is None
+
+
+def test_an_example_without_boxes_is_drawn_in_any_empty_form() -> None:
+    found = torch.tensor([[0, 0.9, 0.2, 0.2, 0.8, 0.8]])
+    for prediction, empty in ((found, torch.zeros(0, 6)), (torch.zeros(0), torch.zeros(0, 6))):
+        picture = draw_examples([BLACK], [torch.zeros(0)], [prediction])
+        expected = draw_examples([BLACK], [torch.zeros(0, 5)], [found if prediction is found else empty])
+        assert picture is not None
+        assert np.array_equal(picture, expected)
+
+
+def test_masks_without_classes_or_pixels_leave_the_image_bare_and_boolean_ones_are_drawn() -> None:
+    scores = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0))
+    bare, covered = (draw_examples([BLACK], [masks], [scores]) for masks in (torch.zeros(2, 4, 4), scores))
+    for masks in (torch.zeros(0, 4, 4), torch.zeros(2, 0, 4)):
+        picture = draw_examples([BLACK], [masks], [scores])
+        assert picture is not None
+        assert picture.shape == bare.shape
+        assert not np.array_equal(picture, covered)
+    first = torch.stack([scores[0] > scores[1], scores[0] <= scores[1]])
+    assert np.array_equal(draw_examples([BLACK], [first], [scores]), covered)
+
+
+def test_one_example_of_unknown_form_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    expected = draw_examples([BLACK, BLACK], [0, 1], torch.eye(2), ["a\nb", "c"])
+    targets, predictions = [np.int64(0), "unknown", np.int64(1), 1], [*torch.eye(2)]
+    predictions = [predictions[0], predictions[1], predictions[1], torch.zeros(0)]
+    assert np.array_equal(draw_examples([BLACK] * 4, targets, predictions, ["a\nb", "c"]), expected)
+    assert "2 of 4 examples cannot be drawn and are left out" in caplog.text
+
+
 @pytest.mark.parametrize("predictions", [["a caption", "another"], torch.rand(2), torch.rand(2, 3, 4), [{}, {}]])
 def test_predictions_of_other_forms_are_not_drawn(predictions: Any) -> None:
     assert draw_examples([BLACK, BLACK], torch.tensor([0, 1]), predictions) is None

@@ -92,6 +92,26 @@ def test_a_resumed_run_goes_on_in_its_folder_with_every_step_once(tmp_path: Path
         assert found[tag] == expected[tag], tag
 
 
+def test_a_resume_with_another_tracker_is_a_new_run_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker
+
+    class Notes(TensorBoardTracker):
+        name = "notes"
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "notes", Notes)
+    folder = str(tmp_path / "logs")
+    kept: dict[str, Any] = {"checkpoint_dir": str(tmp_path / "checkpoints"), "num_epochs": 2}
+    with pytest.raises(RuntimeError, match="power cut"):
+        train_tiny(plugins=[f"log_tracker('notes', 'first', folder={folder!r})", Dies(12)], **kept, checkpoint_steps=5)
+    (tmp_path / "logs" / "first").rename(tmp_path / "first")
+    train_tiny(plugins=[f"log_tracker('tensorboard', 'second', folder={folder!r})"], **kept, resume="auto")
+    assert caplog.text.count("was sent to notes: a new run begins in tensorboard") == 1
+    assert [run.name for run in (tmp_path / "logs").iterdir()] == ["second"]
+    assert set(read(tmp_path / "logs")["loss"]) == {16}
+
+
 def test_two_runs_of_one_object_have_two_folders(tmp_path: Path) -> None:
     plugin = LogTensorboard(str(tmp_path))
     for _ in range(2):

@@ -16,6 +16,8 @@ import tracker_run
 from launching import run_python
 from tiny import Recorder, train_tiny
 
+from iris_hf.training.checkpoint import PREEMPTED
+
 DIES_AT = 14
 LAST_CHECKPOINT = 10
 
@@ -89,3 +91,21 @@ def test_a_tracker_has_every_number_of_an_interrupted_run_in_one_run(
         with PIL.Image.open(file) as picture:
             assert picture.width > 300
             assert len(picture.convert("L").getcolors() or []) > 20
+
+
+@pytest.mark.parametrize(("first", "second"), [("wandb", "mlflow"), ("mlflow", "wandb")])
+def test_a_preempted_run_is_marked_as_such_and_a_resume_with_another_tracker_is_a_new_run(
+    first: str, second: str, tmp_path: Path
+) -> None:
+    for name in (first, second):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install iris-hf[trackers]")
+    folder = tmp_path / "run"
+    code, said = run("preempt", first, folder, "")
+    assert code == PREEMPTED, said
+    assert read(first, folder)["status"] == [{"wandb": PREEMPTED, "mlflow": "KILLED"}[first]]
+    code, said = run("train", second, folder, "0")
+    assert code == 0, said
+    assert f"was sent to {first}: a new run begins in {second}" in said
+    assert read(second, folder)["status"] == [{"wandb": 0, "mlflow": "FINISHED"}[second]]
+    assert len(read(first, folder)["runs"]) == 1

@@ -5,6 +5,7 @@ A process of its own, since trackers keep state in their modules, and their libr
 
 import json
 import os
+import signal
 import struct
 import sys
 import zipfile
@@ -32,6 +33,11 @@ class Dies(iris_hf.Plugin):
             raise RuntimeError("power cut")
 
 
+class IsPreempted(iris_hf.Plugin):
+    def on_step_end(self, state: iris_hf.TrainState) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 class NotANumber(iris_hf.Plugin):
     """Measures what is not a number."""
 
@@ -54,7 +60,7 @@ def set_up(folder: Path) -> None:
     os.chdir(folder)
 
 
-def train(name: str, folder: Path, die_at: int) -> None:
+def train(name: str, folder: Path, *others: iris_hf.Plugin) -> None:
     options = OPTIONS.get(name, {})
     plugins: list[Any] = [
         f"log_tracker({name!r}, 'mine', every={EVERY}, num_images=5, options={options})",
@@ -62,7 +68,7 @@ def train(name: str, folder: Path, die_at: int) -> None:
     ]
     checkpoints = {"checkpoint_dir": folder / "checkpoints", "checkpoint_steps": 5, "resume": "auto"}
     optimizer = {"optimizer": "adam", "lr_scheduler": {"name": "linear_decreasing"}}
-    train_tiny(plugins=[*plugins, *([Dies(die_at)] if die_at else [])], **SETTINGS, **checkpoints, **optimizer)
+    train_tiny(plugins=[*plugins, *others], **SETTINGS, **checkpoints, **optimizer)
 
 
 def read(name: str, folder: Path) -> dict[str, Any]:
@@ -169,6 +175,9 @@ if __name__ == "__main__":
     what, name, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     set_up(folder)
     if what == "train":
-        train(name, folder, int(sys.argv[4]))
+        die_at = int(sys.argv[4])
+        train(name, folder, *([Dies(die_at)] if die_at else []))
+    elif what == "preempt":
+        train(name, folder, IsPreempted())
     else:
         Path(sys.argv[4]).write_text(json.dumps(read(name, folder)))

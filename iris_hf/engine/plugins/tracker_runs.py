@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +37,15 @@ def store_hyper_parameters(tracker: GeneralTracker, values: dict[str, Any], *, a
 
 
 def finish(tracker: GeneralTracker, *, failed: bool) -> None:
-    """Close a run, and say that it failed where the tracker can be told."""
+    """Close a run, and say where the tracker can be told that it failed or, by the exception at hand, was stopped."""
+    error = sys.exception()
     if failed and tracker.name == "wandb":
-        tracker.tracker.finish(exit_code=1)
+        code = error.code if isinstance(error, SystemExit) else None
+        tracker.tracker.finish(exit_code=code if isinstance(code, int) else 1)
     elif failed and tracker.name == "mlflow":
         import mlflow
 
-        mlflow.end_run("FAILED")
+        mlflow.end_run("KILLED" if isinstance(error, (SystemExit, KeyboardInterrupt)) else "FAILED")
     else:
         tracker.finish()
 

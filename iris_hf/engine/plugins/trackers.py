@@ -35,8 +35,12 @@ class LogTracker(Plugin):
     training that are not None, and facts about model, optimizer and processes. The device is waited for only then.
 
     After a resume the run goes on in wandb, trackio, mlflow, comet and tensorboard. What it sent after its last
-    checkpoint, before it was interrupted, is sent again; tensorboard forgets the first. A run that fails is marked as
-    failed in wandb and mlflow.
+    checkpoint, before it was interrupted, is sent again; tensorboard forgets the first. A resume with another tracker
+    begins a new run there, with a warning.
+
+    A run that fails is marked as failed in wandb (exit code 1) and mlflow (FAILED). One that SIGTERM has preempted is
+    KILLED in mlflow, as is one that ends by Ctrl-C or `sys.exit`; wandb knows no such state, and is given the exit code
+    of the process: 75 after SIGTERM, 1 after Ctrl-C. Other trackers are not told.
 
     Attributes:
         name: `tensorboard`, `wandb`, `trackio`, `mlflow`, `comet_ml` or another of Accelerate's trackers.
@@ -78,12 +82,13 @@ class LogTracker(Plugin):
         self._tracker: GeneralTracker | None = None
         self._same_run: dict[str, str] = {}
         self._is_complete = False
+        self._is_main_process = True
         self._examples: ValExamples | None = None
 
     def on_train_start(self, state: TrainState) -> None:
         """Note the first step's learning rates, and whether there is something to draw."""
         self._next_rates = state.learning_rates
-        self._same_run, self._is_complete = {}, False
+        self._same_run, self._is_complete, self._is_main_process = {}, False, state.is_main_process
         self._examples = ValExamples(self.num_images) if self.num_images and state.is_main_process else None
         if self._examples is not None and picture_logger(self.tracker_class) is None:
             self._stop_drawing(f"the tracker {self.name} takes no pictures")
@@ -141,14 +146,19 @@ class LogTracker(Plugin):
             finish(tracker, failed=not self._is_complete)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the run's name and what was measured and not sent."""
+        """Return the tracker's and the run's name and what was measured and not sent."""
         same_run = self._same_run if self._tracker is None else same_run_options(self._tracker)
-        return {"project": self.project, "same_run": same_run, "means": self._means.state_dict()}
+        run = {"tracker": self.name, "project": self.project, "same_run": same_run}
+        return {**run, "means": self._means.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on in the same run."""
-        self.project = state["project"]
-        self._same_run = state["same_run"]
+        """Go on in the same run, unless it is another tracker's."""
+        if state["tracker"] == self.name:
+            self.project = state["project"]
+            self._same_run = state["same_run"]
+        elif self._is_main_process:
+            there = f"the run that goes on was sent to {state['tracker']}"
+            logger.warning("log_%s: %s: a new run begins in %s.", self.name, there, self.name)
         self._means.load_state_dict(state["means"])
 
     def start_options(self, state: TrainState) -> dict[str, Any]:

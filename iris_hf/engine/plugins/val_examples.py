@@ -47,11 +47,12 @@ class ValExamples:
         if images is None:
             self.obstacle = "the inputs are no images [3, H, W] or [1, H, W]"
             return
+        images = images[:missing]
         predictions = predict_batch(state, self._predictor, batch[0][:missing])
-        if not all(isinstance(given, (Tensor, list)) for given in (batch[1], predictions)):
+        if not (_is_one_each(batch[1], len(batch[0])) and _is_one_each(predictions, len(images))):
             self.obstacle = _UNKNOWN
             return
-        self._images += to_device(images[:missing], torch.device("cpu"))
+        self._images += to_device(images, torch.device("cpu"))
         self._targets += to_device(batch[1][:missing], torch.device("cpu"))
         self._predictions += predictions
 
@@ -67,3 +68,7 @@ class ValExamples:
     def clear(self) -> None:
         """Let go of model and examples."""
         self._predictor, self._images, self._targets, self._predictions = None, [], [], []
+
+
+def _is_one_each(values: Any, count: int) -> bool:
+    return (isinstance(values, list) or (isinstance(values, Tensor) and values.dim() > 0)) and len(values) == count
