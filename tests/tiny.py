@@ -85,6 +85,17 @@ class Recorder(iris_hf.Plugin):
         self.val_losses[state.epoch] = state.val_loss
 
 
+class Dies(iris_hf.Plugin):
+    """Ends the run at a step as a fault would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, state: iris_hf.TrainState) -> None:
+        if state.step == self.step:
+            raise RuntimeError("power cut")
+
+
 def noisy(image: torch.Tensor) -> torch.Tensor:
     """An augmentation that draws from all three global generators."""
     import random

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny import Net, Recorder, Tensors, train_tiny
+from tiny import Dies, Net, Recorder, Tensors, train_tiny
 
 import iris_hf
 from iris_hf.engine.drawing import draw_examples
@@ -65,17 +65,6 @@ def test_hyper_parameters_are_stored(tmp_path: Path) -> None:
     assert stored["optimizer"] == "SGD"
     assert stored["optimizer/weight_decay"] == 0.5
     assert stored["num_trainable_parameters"] == sum(parameter.numel() for parameter in Net().parameters())
-
-
-class Dies(iris_hf.Plugin):
-    """Ends the run at a step as a fault would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, state: iris_hf.TrainState) -> None:
-        if state.step == self.step:
-            raise RuntimeError("power cut")
 
 
 def test_a_resumed_run_goes_on_in_its_folder_with_every_step_once(tmp_path: Path) -> None:

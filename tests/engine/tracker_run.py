@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tiny import Tensors, train_tiny
+from tiny import Dies, Tensors, train_tiny
 
 import iris_hf
 
@@ -22,15 +22,6 @@ BLOCK, FILE_HEADER, RECORD_HEADER = 32768, 7, 7
 OPTIONS = {"comet_ml": {"online": False}, "trackio": {"auto_log_cpu": False}}
 SETTINGS = {"val_dataset": Tensors(8, seed=1), "num_epochs": 2}
 EVERY = 3
-
-
-class Dies(iris_hf.Plugin):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, state: iris_hf.TrainState) -> None:
-        if state.step == self.step:
-            raise RuntimeError("power cut")
 
 
 class IsPreempted(iris_hf.Plugin):

@@ -12,12 +12,14 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from datasets.distributed import split_dataset_by_node
 from tiny import Net, Recorder, noisy
 
 import iris_hf
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # after each pass over interleaved shards; 5 s where that is long
 
+CONSTANT = {"lr_scheduler": {"name": "linear"}}
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "bright"])})
 
 
@@ -111,3 +113,38 @@ def train_stream(dataset: Any, **config: Any) -> tuple[dict[str, torch.Tensor], 
     model = Net(settings.pop("dropout", 0.0))
     result = iris_hf.train(model, dataset, plugins=plugins, **settings)
     return result.model.state_dict(), recorder
+
+
+def rows_of(folder: Path, epoch: int, buffer_size: int = 0, part: int = 0, num_parts: int = 1) -> list[Any]:
+    """The examples of one pass, as `datasets` itself gives them."""
+    stream = split_dataset_by_node(load(folder, buffer_size), rank=part, world_size=num_parts)
+    stream.set_epoch(epoch if buffer_size else 0)
+    return [(to_tensor(row["image"].convert("RGB")), row["label"]) for row in stream]
+
+
+def endless(folder: Path, **arguments: Any) -> Iterator[Any]:
+    for epoch in itertools.count():
+        yield from rows_of(folder, epoch, **arguments)
+
+
+def trained_by_hand(rows: Iterator[Any] | Sequence[Iterator[Any]], num_steps: int, size: int = 8) -> dict[str, Any]:
+    """Plain SGD on the rows in their order; with several sources, on the same number of each."""
+    sources = list(rows) if isinstance(rows, list) else [rows]
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(num_steps):
+        batch = [row for source in sources for row in itertools.islice(source, size // len(sources))]
+        images, labels = torch.stack([image for image, _ in batch]), torch.tensor([label for _, label in batch])
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+def assert_close(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    for name, weight in wanted.items():
+        torch.testing.assert_close(got[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def assert_equal(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert all(torch.equal(got[name], weight) for name, weight in wanted.items())
