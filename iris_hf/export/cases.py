@@ -147,6 +147,23 @@ def run_case(graph: Graph, inputs: Batch) -> Case:
     return Case({name: tensor.clone() for name, tensor in inputs.items()}, outputs, prediction)
 
 
+def run_exactly(exact: Graph, case: Case) -> Case:
+    """Compute a case in float64.
+
+    Args:
+        exact: The graph of the case with weights of float64.
+        case: Its inputs are used.
+
+    Returns:
+        The same inputs, with outputs and prediction of float64.
+
+    Raises:
+        ConfigError: If the network does not run in float64, since it makes tensors of float32 itself.
+    """
+    inputs = {name: t.double() if t.is_floating_point() else t for name, t in case.inputs.items()}
+    return dataclasses.replace(run_case(exact, inputs), inputs=case.inputs)
+
+
 def find_axes(cases: Sequence[Case], free: Free) -> Axes:
     """Name the axes of variable length: those of the inputs, and those of the outputs that vary among the cases."""
     axes: Axes = {}

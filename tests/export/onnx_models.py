@@ -1,6 +1,5 @@
 """Models for tests of the export, beside the families of the models' tests."""
 
-import dataclasses
 import functools
 import importlib.util
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ import torch
 from models.families import IMAGE_TEXT, NAMES, make
 from torch import nn
 
-from iris_hf.export.cases import Case, run_case
+from iris_hf.export.cases import Case, run_exactly
 from iris_hf.export.check import compare, distance
 from iris_hf.export.graph import Graph
 from iris_hf.models.classifier import ImageClassifier, append_classifier
@@ -216,10 +215,7 @@ def enliven(model: Any, size: int = 32) -> Any:
 
 def far_from_exact(graph: Graph, exact: Graph, cases: Sequence[Case], file: Path) -> tuple[float, float]:
     """The largest error of torch and of ONNX Runtime, both in float32, against the same model in float64."""
-    truths = []
-    for case in cases:
-        doubled = {name: t.double() if t.is_floating_point() else t for name, t in case.inputs.items()}
-        truths.append(dataclasses.replace(run_case(exact, doubled), inputs=case.inputs))
+    truths = [run_exactly(exact, case) for case in cases]
     in_torch = [
         distance(graph, name, truth, case.outputs)[0]
         for case, truth in zip(cases, truths, strict=True)

@@ -31,6 +31,7 @@ from torch import nn
 
 from iris_hf.errors import ConfigError, DataError, MissingDependencyError
 from iris_hf.export.cases import Free, make_cases
+from iris_hf.export.check import compare
 from iris_hf.export.examples import make_inputs, split_inputs
 from iris_hf.export.exporters import find_exporters
 from iris_hf.export.graph import make_graph
@@ -413,3 +414,43 @@ def test_half_precision_models_export_in_float32():
     export = export_onnx_model(model, input_size=32)
     assert export.max_error <= 1e-5
     assert next(model.parameters()).dtype == torch.bfloat16
+
+
+class Amplifier(nn.Module):
+    """Turns the last bits of a product into the first: sine of an angle of thousands of turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.angles = nn.Linear(64, 16)
+        nn.init.normal_(self.angles.weight, std=1e4, generator=torch.Generator().manual_seed(0))
+
+    def prediction_step(self, features: torch.Tensor) -> torch.Tensor:
+        return self.angles(features).sin()
+
+
+def test_a_network_that_amplifies_rounding_exports_with_a_warning(caplog):
+    model, features = Amplifier(), torch.rand(2, 64, generator=torch.Generator().manual_seed(1))
+    export = export_onnx_model(model, features)
+    assert export.max_error > 1e-3  # ten times what any other network is allowed
+    assert "Amplifier amplifies the rounding of float32: output 'predictions' of torch is" in caplog.text
+    with pytest.raises(ConfigError, match=r"differs from the model: output 'predictions' by .*; allowed is 0.0001"):
+        export_onnx_model(model, features, tolerance=1e-4)
+
+
+def test_a_wrong_graph_is_told_from_rounding(tmp_path):
+    model, features = Amplifier(), torch.rand(2, 64, generator=torch.Generator().manual_seed(1))
+    export_onnx(model, features, folder=tmp_path)
+    with torch.no_grad():
+        model.angles.bias += 0.1
+    batch, layout = split_inputs(features)
+    graph = make_graph(model, batch, layout)
+    cases = make_cases(graph, batch, Free(images=False, texts=False))
+    with pytest.raises(ConfigError, match=r"it is not rounding: torch is .* off, ONNX 0\.1"):
+        compare(
+            graph,
+            tmp_path / "model.onnx",
+            cases,
+            precision="fp32",
+            tolerance=1e-4,
+            make_exact=lambda: make_graph(model, batch, layout).double(),
+        )
