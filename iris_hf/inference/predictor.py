@@ -21,9 +21,10 @@ from iris_hf.engine.loader import (
     map_nested,
     to_device,
 )
+from iris_hf.engine.plans import batches_once
 from iris_hf.engine.plugins import Plugin, PluginList, PredictState, load_plugins
 from iris_hf.engine.rng import PREDICTION, mix, preserve_generators, seed_generators
-from iris_hf.engine.streams import StreamOnce, batches_once
+from iris_hf.engine.streams import StreamOnce
 from iris_hf.errors import ConfigError, DataError, noted
 from iris_hf.models.steps import Predictor, as_predictor
 from iris_hf.types import CollateFunction, Transform

@@ -31,7 +31,8 @@ from tiny import Net, train_tiny
 
 import iris_hf
 from iris_hf.engine.loader import Examples
-from iris_hf.engine.streams import StreamBatches, training_batches
+from iris_hf.engine.plans import training_batches
+from iris_hf.engine.streams import StreamBatches
 
 
 @pytest.mark.parametrize("buffer_size", [0, 6])
