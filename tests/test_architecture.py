@@ -57,3 +57,11 @@ def test_import_loads_no_heavy_library_and_touches_nothing() -> None:
     )
     done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("package", ["torch", "torchvision", "accelerate", "numpy", "safetensors"])
+def test_what_torch_only_tests_use_is_the_same_on_both_lines(package: str) -> None:
+    files = sorted((PACKAGE.parent / "constraints").glob("*.txt"))
+    pins = {line for file in files for line in file.read_text().splitlines() if line.startswith(f"{package}==")}
+    assert len(files) == 2
+    assert len(pins) == 1

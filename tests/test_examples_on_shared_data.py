@@ -23,6 +23,7 @@ def test_a_detector_learns_what_it_finds_on_other_images(shared_data: Path, tmp_
     assert number("after training: AP50", printed) > 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT)
 def test_a_segmenter_beats_the_majority_class(shared_data: Path, tmp_path: Path) -> None:
     printed = launch("segmentation.py", str(shared_data / "segmentation"), folder=tmp_path)

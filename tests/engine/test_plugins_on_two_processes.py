@@ -11,6 +11,8 @@ import torch
 from launching import torchrun
 from test_trackers import pictures, read
 
+pytestmark = pytest.mark.torch_only
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:

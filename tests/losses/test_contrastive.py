@@ -18,6 +18,8 @@ from iris_hf.errors import ConfigError, DataError
 from iris_hf.losses.contrastive import KINDS, contrastive_loss
 from iris_hf.losses.criterion import ContrastiveCriterion
 
+pytestmark = pytest.mark.torch_only
+
 CASES = [case for case in itertools.product(KINDS, LABELS) if case != ("unicl", "none")]
 
 

@@ -15,6 +15,8 @@ from tiny import Recorder
 
 import iris_hf
 
+pytestmark = pytest.mark.torch_only
+
 CONFIGURATION = ROOT / "examples" / "accelerate_configs" / "fsdp2.yaml"
 
 

@@ -22,6 +22,8 @@ from iris_hf.training.gradient_cache import CacheConfig, CachedPass
 from iris_hf.training.replay import saved_bytes
 from iris_hf.training.sub_batches import split
 
+pytestmark = pytest.mark.torch_only
+
 
 def make_pass(model: nn.Module, size: int, **options: Any) -> CachedPass:
     settings = {"num_kept_graphs": 0, "memory_budget_in_mb": None, "check_replay": True, **options}

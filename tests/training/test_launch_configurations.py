@@ -21,6 +21,8 @@ from iris_hf.engine.strategy import check_fsdp, check_launcher
 from iris_hf.models.steps import as_cacheable, as_trainable
 from iris_hf.training.fsdp_units import find_units
 
+pytestmark = pytest.mark.torch_only
+
 CONFIGURATIONS = sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml"))
 every_configuration = pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
 

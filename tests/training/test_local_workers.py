@@ -17,6 +17,8 @@ from launching import environment
 from iris_hf.engine.launch import run_in_workers
 from iris_hf.training.checkpoint import PREEMPTED, open_checkpoint
 
+pytestmark = pytest.mark.torch_only
+
 ENDLESS: dict[str, Any] = {"random_seed": 0, "num_epochs": 100_000, "batch_size": 4, "num_dataloader_workers": 0}
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d")
 

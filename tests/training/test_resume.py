@@ -20,6 +20,8 @@ import iris_hf
 from iris_hf.training.checkpoint import PREEMPTED, open_checkpoint
 from iris_hf.training.storage import read_state, write_state
 
+pytestmark = pytest.mark.torch_only
+
 SCRIPT = str(Path(__file__).with_name("resume_run.py"))
 
 

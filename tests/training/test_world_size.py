@@ -12,6 +12,8 @@ from tiny import Net, NormNet, Recorder, Tensors, noisy, train_tiny
 import iris_hf
 from iris_hf.engine.loader import EpochBatches
 
+pytestmark = pytest.mark.torch_only
+
 RUNS: list[dict[str, Any]] = [
     # 61 examples do not divide by anything here
     {"batch_size": 8, "num_examples": 61, "val_examples": 13, "val_batch_size": 3, "noisy": True},
