@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from launching import torchrun
+from launching import run_ranks
 
 
 def test_detection_and_segmentation_work_from_data_set_to_score_on_two_processes(tmp_path: Path) -> None:
-    done = torchrun(2, str(Path(__file__).with_name("chain_rank.py")), str(tmp_path))
+    done = run_ranks(2, str(Path(__file__).with_name("chain_rank.py")), str(tmp_path))
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second  # every rank has all 13 predictions, and the same scores

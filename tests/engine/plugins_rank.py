@@ -1,4 +1,4 @@
-"""Run by torchrun: trains with plugins; rank 0 saves what came out on every rank."""
+"""Run by run_ranks: trains with plugins; rank 0 saves what came out on every rank."""
 
 import sys
 from pathlib import Path

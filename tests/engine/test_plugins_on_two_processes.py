@@ -8,7 +8,7 @@ import numpy as np
 import plugins_rank
 import pytest
 import torch
-from launching import torchrun
+from launching import run_ranks
 from test_trackers import pictures, read
 
 pytestmark = pytest.mark.torch_only
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.torch_only
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    done = torchrun(2, plugins_rank.__file__, str(folder), timeout=200)
+    done = run_ranks(2, plugins_rank.__file__, str(folder), timeout=200)
     assert done.returncode == 0, done.stderr
     return folder
 

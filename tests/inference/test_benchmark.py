@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launching import ROOT, torchrun
+from launching import ROOT, run_ranks
 from scipy.stats import trim_mean
 from tiny import Net, NormNet, Tensors
 from torch import nn
@@ -297,7 +297,7 @@ def test_memory_on_the_gpu_is_that_of_the_model_and_its_activations() -> None:
 
 
 def test_every_rank_gets_the_times_of_the_slowest() -> None:
-    done = torchrun(2, str(ROOT / "tests/inference/benchmark_rank.py"))
+    done = run_ranks(2, str(ROOT / "tests/inference/benchmark_rank.py"))
     assert done.returncode == 0, done.stderr
     results = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if "RESULT" in line]
     assert len(results) == 2

@@ -1,4 +1,4 @@
-"""Run by torchrun: every rank computes the losses of its rows, and saves them, their gradients and what it sent."""
+"""Run by run_ranks: every rank computes the losses of its rows, and saves them, their gradients and what it sent."""
 
 import sys
 

@@ -10,7 +10,7 @@ import torch
 from contrastive_examples import DIM, LABELS, NUM_PAIRS, SCALES, naive, pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import torchrun
+from launching import run_ranks
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
@@ -155,7 +155,7 @@ COUNTS = {"even": (7, 6), "5 + 8": (5, 8), "one empty": (0, 13), "three": (4, 0,
 @pytest.fixture(scope="module", params=COUNTS.values(), ids=COUNTS)
 def on_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     out = tmp_path_factory.mktemp("ranks") / "out"
-    done = torchrun(len(request.param), str(Path(__file__).with_name("rank.py")), str(out), *map(str, request.param))
+    done = run_ranks(len(request.param), str(Path(__file__).with_name("rank.py")), str(out), *map(str, request.param))
     assert done.returncode == 0, done.stderr
     return [torch.load(f"{out}.{rank}") for rank in range(len(request.param))]
 

@@ -1,4 +1,4 @@
-"""Run by torchrun: trains on streams as the JSON on the command line says; rank 0 saves what came out."""
+"""Run by run_ranks: trains on streams as the JSON on the command line says; rank 0 saves what came out."""
 
 import json
 import shutil

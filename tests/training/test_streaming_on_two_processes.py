@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import torchrun
+from launching import run_ranks
 from streams import (
     CONSTANT,
     Interrupt,
@@ -60,7 +60,7 @@ def on_two(
     }
     out = folder / "out.pt"
     script = str(Path(__file__).with_name("stream_rank.py"))
-    done = torchrun(2, script, str(out), json.dumps(list(runs.values())), str(val_shards))
+    done = run_ranks(2, script, str(out), json.dumps(list(runs.values())), str(val_shards))
     assert done.returncode == 0, done.stderr
     return OnTwo(runs, torch.load(out))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import torchrun
+from launching import run_ranks, torchrun
 from tiny import Net, NormNet, Recorder, Tensors, noisy, train_tiny
 
 import iris_hf
@@ -26,7 +26,7 @@ RUNS: list[dict[str, Any]] = [
 def on_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("world") / "out.pt"
     script = str(Path(__file__).with_name("rank.py"))
-    done = torchrun(2, script, str(out), *(json.dumps({**run, "batch_size": run["batch_size"] // 2}) for run in RUNS))
+    done = run_ranks(2, script, str(out), *(json.dumps({**run, "batch_size": run["batch_size"] // 2}) for run in RUNS))
     assert done.returncode == 0, done.stderr
     return torch.load(out)
 
