@@ -1,4 +1,4 @@
-"""Run by run_ranks: the whole chain of a detector and a segmenter, on coloured squares; every rank saves its results."""
+"""Run by run_ranks: the whole chain of a detector and a segmenter, on coloured squares; ranks save results."""
 
 import json
 import os
