@@ -101,7 +101,8 @@ def make_cases(graph: Graph, batch: Batch, free: Free) -> list[Case]:
     """Run the model on every combination of the check; the first is to be traced.
 
     Raises:
-        ConfigError: If the model does not run on one, or gives another number of tensors for another batch.
+        ConfigError: If the model does not run on one, or gives another number of tensors, or of axes, for another
+            batch.
     """
     cases = [run_case(graph, vary(batch, n)) for n in BATCH_SIZES]
     num_tokens = shorter_length(batch) if free.texts else None
@@ -120,6 +121,13 @@ def make_cases(graph: Graph, batch: Batch, free: Free) -> list[Case]:
             f"{type(graph.model).__name__} gives {' or '.join(str(len(n)) for n in sorted(names))} tensors for batches "
             "of several lengths, and a graph has fixed outputs. Let it return a tensor [N, ...], not a list of N."
         )
+    for name in cases[0].outputs:
+        shapes = {case.outputs[name].ndim: list(case.outputs[name].shape) for case in cases}
+        if len(shapes) > 1:
+            raise ConfigError(
+                f"The output {name!r} of {type(graph.model).__name__} has a number of axes that depends on the batch: "
+                f"{' or '.join(map(str, shapes.values()))}. Name the axis that goes: squeeze(1), not squeeze()."
+            )
     return cases
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from iris_hf.errors import ConfigError
-from iris_hf.export.cases import Case, run_exactly
+from iris_hf.export.cases import Case, run_case, run_exactly
 from iris_hf.export.examples import Batch
 from iris_hf.export.graph import Graph
 from iris_hf.models.detector import ImageDetector
@@ -23,6 +23,9 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 5e-2, "int8": None}
 
 ROUNDING = 4.0
 """How many times as far from float64 as torch in float32 ONNX Runtime may be where both round by more than that."""
+
+CHAOS = 0.01
+"""How far from float64 torch in float32 may be, as a multiple of the output's scale, for that to prove anything."""
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +97,8 @@ def compare(
         tolerance: Largest error allowed, as a multiple of an output's largest absolute value where that exceeds 1.
             None allows any.
         make_exact: Gives the graph in float64. With it, an output may differ by more than the tolerance if ONNX Runtime
-            is at most `ROUNDING` times as far from float64 as torch is: then the network amplifies the rounding of
-            float32, in torch as well.
+            is at most `ROUNDING` times as far from float64 as torch is, and torch itself not further than `CHAOS`: then
+            the network amplifies the rounding of float32, in torch as well.
 
     Raises:
         ConfigError: If ONNX Runtime cannot run it for one of the cases, or an output differs by more than is allowed;
@@ -133,11 +136,22 @@ def _require_rounding(
     graph: Graph, make_exact: Callable[[], Graph], name: str, case: Case, got: Batch, message: str
 ) -> None:
     """Raise the message unless ONNX Runtime and torch are about as far from what the model gives in float64."""
+    again = distance(graph, name, run_case(graph, case.inputs), case.outputs)[0]
+    if again > 0:
+        raise ConfigError(
+            f"Two runs of {type(graph.model).__name__} on the same inputs differ: output {name!r} by {again:.3g}. It "
+            "draws random numbers, and no graph gives the same. Leave out in evaluation mode what draws them."
+        )
     try:
         truth = run_exactly(make_exact(), case)
     except ConfigError as error:
         raise ConfigError(message) from error
-    in_torch, in_onnx = (distance(graph, name, truth, outputs)[0] for outputs in (case.outputs, got))
+    (in_torch, scale), (in_onnx, _) = (distance(graph, name, truth, outputs) for outputs in (case.outputs, got))
+    if not in_torch <= CHAOS * scale:
+        raise ConfigError(
+            f"{message} Nor does float64 tell which is right: torch itself is {in_torch:.3g} off, so that the output "
+            "means little in float32. Pass a tolerance to export it nevertheless."
+        )
     if not in_onnx <= min(ROUNDING * in_torch, sys.float_info.max):
         raise ConfigError(f"{message} In float64 it is not rounding: torch is {in_torch:.3g} off, ONNX {in_onnx:.3g}.")
     logger.warning(

@@ -29,8 +29,12 @@ def name_input(path: tuple[str | int, ...], tensor: Tensor) -> str:
     return "pixel_values" if tensor.ndim == 4 else "features"
 
 
-def split_inputs(inputs: Any) -> tuple[Batch, Layout]:
+def split_inputs(inputs: Any, what: str = "example_inputs") -> tuple[Batch, Layout]:
     """Turn a batch of inputs into named tensors and their layout. A list of images of one size becomes a tensor.
+
+    Args:
+        inputs: Nested tensors.
+        what: What the message calls them.
 
     Raises:
         ConfigError: If it holds no tensors, or they have no common batch size.
@@ -40,7 +44,7 @@ def split_inputs(inputs: Any) -> tuple[Batch, Layout]:
     batch, layout = flatten(inputs, name_input)
     sizes = {name: tensor.shape[0] if tensor.ndim else 0 for name, tensor in batch.items()}
     if not batch or min(sizes.values()) < 1 or len(set(sizes.values())) > 1:
-        raise ConfigError(f"example_inputs must be a batch of tensors of one length on their first axis, got {sizes}.")
+        raise ConfigError(f"{what} must be a batch of tensors of one length on their first axis, got {sizes}.")
     return batch, layout
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from iris_hf.export.onnx import OnnxExport
 
 MODEL_FILE, DESCRIPTION_FILE, LABELS_FILE, FORMAT = "model.onnx", "iris_hf_onnx.json", "labels.json", 1
+_BOXES = {"boxes", "score_threshold"}
 
 
 def write_folder(export: OnnxExport, graph: Graph, model: nn.Module, folder: Path) -> None:
@@ -70,11 +72,17 @@ def write_folder(export: OnnxExport, graph: Graph, model: nn.Module, folder: Pat
             file.replace(folder / file.name)
 
 
+def make_spec(description: Mapping[str, Any]) -> ImageSpec | None:
+    """Give the images that a described model takes, or None."""
+    spec = description.get("image_spec")
+    return None if spec is None else ImageSpec(**spec)
+
+
 def read_description(folder: Path) -> dict[str, Any]:
     """Read what :func:`write_folder` wrote of a model.
 
     Raises:
-        DataError: If the folder holds no export of iris_hf, or one of another format.
+        DataError: If the folder holds no export of iris_hf, one of another format, or a damaged one.
     """
     for name in (MODEL_FILE, DESCRIPTION_FILE):
         if not (folder / name).is_file():
@@ -90,6 +98,13 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{str(file)!r} has the format {description.get('format')!r}, this iris_hf reads {FORMAT}. Update it."
         )
+    prediction = description["prediction"]
+    if not isinstance(prediction, dict) or not ("layout" in prediction or prediction.keys() >= _BOXES):
+        raise DataError(f"{str(file)!r} is damaged: prediction is {prediction!r}. Export the model anew.")
+    try:
+        make_spec(description)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{str(file)!r} is damaged: {error} (image_spec). Export the model anew.") from error
     return description
 
 

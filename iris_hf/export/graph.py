@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from iris_hf.errors import ConfigError
 from iris_hf.export.examples import Batch
 from iris_hf.export.structure import Layout, flatten, rebuild
 from iris_hf.models.detector import ImageDetector
@@ -41,6 +42,7 @@ class Graph(nn.Module):
         self.input_layout = input_layout
         self.prediction: dict[str, Any] = {}
         self._seen: list[Any] = []
+        self._is_probable: bool | None = None
         model.register_forward_hook(lambda module, inputs, output: self._seen.append(output))
 
     @property
@@ -77,17 +79,18 @@ class Graph(nn.Module):
         if forward is not None:
             outputs, _ = flatten(forward, lambda path, tensor: self._name(path, tensor, "logits"))
         known = {id(tensor): name for name, tensor in outputs.items()}
-        is_probable = (
-            isinstance(forward, Tensor) and isinstance(prediction, Tensor) and forward.shape == prediction.shape
-        )
+        if self._is_probable is None:  # not anew while it is traced
+            self._is_probable = _are_probabilities(prediction, of=forward)
         encodes = forward is None and getattr(self.model, "num_classes", None) == 0
-        base = "probabilities" if is_probable else "features" if encodes else "predictions"
+        base = "probabilities" if self._is_probable else "features" if encodes else "predictions"
 
         def name_prediction(path: tuple[str | int, ...], tensor: Tensor) -> str:
             return known.get(id(tensor)) or self._name(path, tensor, base)
 
         predicted, layout = flatten(prediction, name_prediction)
         self.prediction = {"layout": layout}
+        if not predicted:
+            raise ConfigError(f"{type(self.model).__name__} gives no tensor.")
         return {**outputs, **predicted}
 
     def _takes_names(self, inputs: Any) -> bool:
@@ -102,6 +105,13 @@ class Graph(nn.Module):
         if len(path) == 1 and getattr(self.model, "target_type", None) == "image_text" and path[0] in range(4):
             return _PAIR_NAMES[int(path[0])]
         return base
+
+
+def _are_probabilities(prediction: Any, *, of: Any) -> bool:
+    """Whether a prediction has a number in [0, 1] for every logit."""
+    if not isinstance(of, Tensor) or not isinstance(prediction, Tensor) or of.shape != prediction.shape:
+        return False
+    return prediction.is_floating_point() and bool(((prediction > -1e-5) & (prediction < 1 + 1e-5)).all())
 
 
 def make_graph(model: nn.Module, batch: Batch, layout: Layout) -> Graph:

@@ -97,8 +97,9 @@ def export_onnx(
         dynamic_length: Whether the graph takes texts of any number of tokens up to the model's largest. None: if there
             is an attention mask among the inputs, or a text encoder of iris_hf in the model.
         tolerance: Largest absolute error allowed, as a multiple of the largest absolute value of an output where that
-            exceeds 1. None: 0.05 for fp16, no limit for int8; 1e-4 for fp32, or where torch itself rounds by more, four
-            times torch's distance from float64, with a warning.
+            exceeds 1. None: 0.05 for fp16, no limit for int8; 1e-4 for fp32, or where torch itself rounds by more (but
+            not by more than 0.01, nor differently in each run), four times torch's distance from float64, with a
+            warning.
         folder: Also write model.onnx there, with the configuration, the preprocessor and the labels that
             `ORTModelForImageClassification`, `ORTModelForCustomTasks` and `pipeline` load, and what
             :func:`iris_hf.export.runtime.load_onnx` needs.

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from iris_hf.errors import DataError, MissingDependencyError
+from iris_hf.errors import ConfigError, DataError, MissingDependencyError
 from iris_hf.export.check import make_session, run_session
 from iris_hf.export.examples import Batch, is_list_of_images, split_inputs
-from iris_hf.export.folder import MODEL_FILE, read_description
+from iris_hf.export.folder import MODEL_FILE, make_spec, read_description
 from iris_hf.export.structure import rebuild
-from iris_hf.models.image_spec import ImageSpec
 
 
 class OnnxModel(nn.Module):
@@ -36,7 +35,7 @@ class OnnxModel(nn.Module):
     def __init__(
         self,
         data: bytes,
-        description: Mapping[str, Any],
+        description: dict[str, Any],
         *,
         num_threads: int | None = None,
         providers: Sequence[str] | None = None,
@@ -48,8 +47,7 @@ class OnnxModel(nn.Module):
         self.tokenizer_name = description.get("tokenizer_name")
         self.dynamic_size = bool(description.get("dynamic_size"))
         self.dynamic_length = bool(description.get("dynamic_length"))
-        spec = description.get("image_spec")
-        self.image_spec = None if spec is None else ImageSpec(**spec)
+        self.image_spec = make_spec(description)
         self._data = data
         self._prediction = dict(description["prediction"])
         self._num_threads = num_threads
@@ -70,7 +68,10 @@ class OnnxModel(nn.Module):
             DataError: If the inputs don't fit the graph; the message names the input, and what the graph takes. If ONNX
                 Runtime fails on them, as on more tokens than the model has places for.
         """
-        batch, _ = split_inputs(inputs)
+        try:
+            batch, _ = split_inputs(inputs, "inputs")
+        except ConfigError as error:
+            raise DataError(str(error)) from error
         device = next(iter(batch.values())).device
         self._check(batch)
         try:
@@ -124,7 +125,7 @@ def load_onnx(
             the CPU, when None.
 
     Raises:
-        DataError: If the folder holds no export, or ONNX Runtime cannot read it.
+        DataError: If the folder holds no export, its description is damaged, or ONNX Runtime cannot read it.
         MissingDependencyError: If ONNX Runtime is missing.
     """
     if importlib.util.find_spec("onnxruntime") is None:

@@ -10,7 +10,10 @@ from torch import Tensor
 from iris_hf.errors import ConfigError
 
 Layout = Any
-"""How tensors are nested, in JSON: a name, or layouts as `{"list": [...]}`, `{"tuple": [...]}` or `{"dict": {...}}`."""
+"""How tensors are nested, in JSON: a name, or layouts as `{"list": [...]}`, `{"tuple": [...]}` or `{"dict": {...}}`.
+
+`null` is None.
+"""
 
 NameLeaf = Callable[[tuple[str | int, ...], Tensor], str]
 """The path of a tensor in a nested value, and the tensor -> its name."""
@@ -20,7 +23,8 @@ def flatten(value: Any, name_leaf: NameLeaf, path: tuple[str | int, ...] = ()) -
     """Take a nested value apart.
 
     Args:
-        value: Tensors in dicts (outputs of transformers are such), tuples and lists. None is left out.
+        value: Tensors in dicts (outputs of transformers are such), tuples and lists. None is left out of dicts, and
+            keeps its place elsewhere.
         name_leaf: Names a tensor; a name that is taken gets a number behind it.
         path: Where the value is in an outer one.
 
@@ -40,10 +44,12 @@ def flatten(value: Any, name_leaf: NameLeaf, path: tuple[str | int, ...] = ()) -
         if isinstance(value, Mapping):
             return {"dict": {str(k): visit(v, (*path, str(k))) for k, v in value.items() if v is not None}}
         if hasattr(value, "_fields"):
-            return {"dict": {k: visit(getattr(value, k), (*path, k)) for k in value._fields}}
+            return visit(value._asdict(), path)
         if isinstance(value, list | tuple):
             kind = "tuple" if isinstance(value, tuple) else "list"
             return {kind: [visit(v, (*path, i)) for i, v in enumerate(value)]}
+        if value is None and path:
+            return None
         where = "".join(f"[{p!r}]" for p in path)
         raise ConfigError(f"An ONNX graph takes and gives tensors only; here is a {type(value).__name__} {where}.")
 
@@ -53,6 +59,8 @@ def flatten(value: Any, name_leaf: NameLeaf, path: tuple[str | int, ...] = ()) -
 
 def rebuild(layout: Layout, tensors: Mapping[str, Any]) -> Any:
     """Nest named tensors as a layout tells."""
+    if layout is None:
+        return None
     if isinstance(layout, str):
         return tensors[layout]
     ((kind, items),) = layout.items()

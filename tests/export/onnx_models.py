@@ -62,6 +62,41 @@ class Sampled(Stepped):
         return super().forward(images) * float(images.max() * 10 + images.mean())
 
 
+class Dropping(Stepped):
+    """Its dropout stays on in evaluation mode."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(super().forward(images), 0.5, training=True)
+
+
+class Noisy(Sampled):
+    """A number of the inputs is written down as a constant, and noise hides it."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images) + torch.randn(len(images), 3)
+
+
+class Squeezed(Stepped):
+    """Its outputs lose every axis of length 1, the batch's too."""
+
+    def prediction_step(self, images: torch.Tensor) -> torch.Tensor:
+        return self(images)[:, :1].squeeze()
+
+
+class Scaled(Stepped):
+    """What it predicts is no probability."""
+
+    def prediction_step(self, images: torch.Tensor) -> torch.Tensor:
+        return self(images) * 100 + 5
+
+
+class Headless(Stepped):
+    """Where others give a second tensor, it gives None."""
+
+    def prediction_step(self, images: torch.Tensor) -> Any:
+        return self(images), None
+
+
 class Listing(Stepped):
     """Its prediction step gives a list with an item per image."""
 

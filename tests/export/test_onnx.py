@@ -14,11 +14,16 @@ from onnx_models import (
     KINDS_OF_TIMM,
     Baked,
     CountingTower,
+    Dropping,
+    Headless,
     Listing,
     MaskedTower,
     Naming,
+    Noisy,
     Pair,
     Sampled,
+    Scaled,
+    Squeezed,
     Stepped,
     TokensFirst,
     TokenTower,
@@ -312,6 +317,7 @@ def test_a_failed_export_leaves_an_older_one_as_it_is(tmp_path):
         (Stepped(), {"example_inputs": "cat"}, "tensors only; here is a str"),
         (Stepped(), {"example_inputs": ()}, "example_inputs must be a batch of tensors of one length"),
         (TokenTower(), {"dynamic_size": True}, "dynamic_size is for images, and TokenTower takes input_ids"),
+        (Squeezed(), {"input_size": 16}, r"axes that depends on the batch: \[5\] or \[\]. Name the axis that goes"),
         (Listing(), {"input_size": 16}, r"Let it return a tensor \[N, ...\], not a list of N"),
         ("a model", {}, "must be a torch.nn.Module, got str"),
         (nn.Module(), {}, "has no forward"),
@@ -419,10 +425,10 @@ def test_half_precision_models_export_in_float32():
 class Amplifier(nn.Module):
     """Turns the last bits of a product into the first: sine of an angle of thousands of turns."""
 
-    def __init__(self) -> None:
+    def __init__(self, turns: float = 1e3) -> None:
         super().__init__()
         self.angles = nn.Linear(64, 16)
-        nn.init.normal_(self.angles.weight, std=1e4, generator=torch.Generator().manual_seed(0))
+        nn.init.normal_(self.angles.weight, std=turns, generator=torch.Generator().manual_seed(0))
 
     def prediction_step(self, features: torch.Tensor) -> torch.Tensor:
         return self.angles(features).sin()
@@ -431,10 +437,32 @@ class Amplifier(nn.Module):
 def test_a_network_that_amplifies_rounding_exports_with_a_warning(caplog):
     model, features = Amplifier(), torch.rand(2, 64, generator=torch.Generator().manual_seed(1))
     export = export_onnx_model(model, features)
-    assert export.max_error > 1e-3  # ten times what any other network is allowed
+    assert export.max_error > 2e-4  # twice what any other network is allowed
     assert "Amplifier amplifies the rounding of float32: output 'predictions' of torch is" in caplog.text
     with pytest.raises(ConfigError, match=r"differs from the model: output 'predictions' by .*; allowed is 0.0001"):
         export_onnx_model(model, features, tolerance=1e-4)
+    with pytest.raises(ConfigError, match=r"Nor does float64 tell which is right: torch itself is 0\.\d+ off"):
+        export_onnx_model(Amplifier(turns=1e5), features)
+
+
+@pytest.mark.parametrize("model", [Dropping(), Noisy()])
+def test_a_network_that_draws_random_numbers_is_no_graph(model, tmp_path):
+    with pytest.raises(ConfigError, match=rf"Two runs of {type(model).__name__} on the same inputs differ.*random"):
+        export_onnx(model, input_size=16, folder=tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_only_probabilities_are_called_so():
+    export = export_onnx_model(Scaled(), input_size=16)
+    assert (export.output_names, export.agreement) == (("logits", "predictions"), None)
+
+
+def test_none_keeps_its_place_among_tensors(tmp_path):
+    export_onnx(Headless(), input_size=16, folder=tmp_path)
+    images = torch.rand(3, 3, 16, 16)
+    logits, none = load_onnx(tmp_path).prediction_step(images)
+    assert none is None
+    torch.testing.assert_close(logits, Headless().eval()(images).detach(), atol=1e-6, rtol=0)
 
 
 def test_a_wrong_graph_is_told_from_rounding(tmp_path):
@@ -445,7 +473,7 @@ def test_a_wrong_graph_is_told_from_rounding(tmp_path):
     batch, layout = split_inputs(features)
     graph = make_graph(model, batch, layout)
     cases = make_cases(graph, batch, Free(images=False, texts=False))
-    with pytest.raises(ConfigError, match=r"it is not rounding: torch is .* off, ONNX 0\.1"):
+    with pytest.raises(ConfigError, match=r"it is not rounding: torch is .* off, ONNX 0\.(0999|1)"):
         compare(
             graph,
             tmp_path / "model.onnx",

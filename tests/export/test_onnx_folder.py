@@ -141,6 +141,8 @@ def test_inputs_that_do_not_fit_are_named(tmp_path):
         loaded(torch.rand(2, 3, 16, 17))
     with pytest.raises(DataError, match=r"The graph takes pixel_values, and the inputs are input_ids"):
         loaded(torch.ones(2, 3, dtype=torch.long))
+    with pytest.raises(DataError, match=r"inputs must be a batch of tensors of one length"):
+        loaded([])
 
 
 def test_folders_that_hold_no_export_are_refused(tmp_path):
@@ -158,6 +160,15 @@ def test_folders_that_hold_no_export_are_refused(tmp_path):
     description.write_text(json.dumps({**stored, "format": 7}))
     with pytest.raises(DataError, match=r"has the format 7, this iris_hf reads 1. Update it"):
         load_onnx(tmp_path)
+    for damage, message in (
+        ({"prediction": {}}, r"is damaged: prediction is \{\}. Export the model anew"),
+        ({"prediction": {"boxes": "detections"}}, r"is damaged: prediction is"),
+        ({"image_spec": {"height": 0, "width": 3}}, r"is damaged: .*must be positive, got 0 x 3. \(image_spec\)"),
+        ({"image_spec": {"depth": 3}}, r"is damaged: .*'depth' \(image_spec\)"),
+    ):
+        description.write_text(json.dumps({**stored, **damage}))
+        with pytest.raises(DataError, match=message):
+            load_onnx(tmp_path)
     description.write_text(json.dumps(stored))
     (tmp_path / "model.onnx").write_bytes((tmp_path / "model.onnx").read_bytes()[:200])
     with pytest.raises(DataError, match=r"ONNX Runtime cannot read"):
