@@ -67,6 +67,7 @@ class Fault:
     status: int | None
     times: int
     message: str
+    code: str | None
 
 
 class LocalHub(ThreadingHTTPServer):
@@ -104,12 +105,21 @@ class LocalHub(ThreadingHTTPServer):
             thread.join()
             self.server_close()
 
-    def fail(self, method: str, path: str, status: int | None, *, times: int = 1, message: str = "") -> None:
+    def fail(
+        self,
+        method: str,
+        path: str,
+        status: int | None,
+        *,
+        times: int = 1,
+        message: str = "",
+        code: str | None = None,
+    ) -> None:
         """Let the next requests whose path matches fail; `status=None` drops the connection in mid-body.
 
         Of an upload that is the body of the request, of a download that of the answer.
         """
-        self.faults.append(Fault(method, path, status, times, message))
+        self.faults.append(Fault(method, path, status, times, message, code))
 
     def plant(self, repo: str, files: Mapping[str, bytes], *, private: bool = False, branch: str = "main") -> str:
         """Put files into a repository, new or not, without the client and its checks."""
@@ -176,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self._read_body()
         try:
             if fault is not None and fault.status is not None:
-                raise _Refusal(fault.status, fault.message)
+                raise _Refusal(fault.status, fault.message, fault.code)
             for verb, pattern, handler in _ROUTES:
                 found = re.fullmatch(pattern, url.path)
                 if found and method in verb:

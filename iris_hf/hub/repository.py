@@ -67,11 +67,11 @@ def prepare_repository(repo_id: str, *, kind: Kind, private: bool, revision: str
     api = open_api()
     full_name = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
     try:
-        is_public = api.repo_info(full_name, repo_type=kind).private is False
+        info = api.repo_info(full_name, repo_type=kind)
     except RepositoryNotFoundError:
-        api.create_repo(full_name, repo_type=kind, private=private)
-        is_public = not private
-    if private and is_public:
+        api.create_repo(full_name, repo_type=kind, private=private, exist_ok=True)  # others may make it at this moment
+        info = api.repo_info(full_name, repo_type=kind)
+    if private and not info.private:
         raise ConfigError(
             f"The repository {full_name!r} exists and is public: nothing was pushed. Choose another name, or make it "
             "private on its page first."
@@ -131,7 +131,8 @@ def commit(
         revision: The branch; None is `main`.
         message: The first line of the commit message.
         parent_commit: The commit that has to be the last one; None takes any.
-        stale: Patterns of files that are removed unless they are among `files`.
+        stale: Patterns of files that are removed unless they are among `files`. One without a slash is for files that
+            are in no folder.
 
     Returns:
         The `CommitInfo` of huggingface_hub.
@@ -141,7 +142,7 @@ def commit(
     def attempt() -> Any:
         api = open_api()
         held = api.list_repo_files(repo_id, repo_type=kind, revision=revision)
-        old = [p for p in held if p not in files and any(fnmatch.fnmatchcase(p, pattern) for pattern in stale)]
+        old = [p for p in held if p not in files and any(_matches(p, pattern) for pattern in stale)]
         additions = [CommitOperationAdd(p, c if isinstance(c, bytes) else str(c)) for p, c in sorted(files.items())]
         return api.create_commit(
             repo_id,
@@ -153,3 +154,7 @@ def commit(
         )
 
     return patiently(attempt)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(path, pattern) and ("/" in pattern or "/" not in path)

@@ -74,7 +74,9 @@ class FeatureExtractor(nn.Module):
         try:
             self.model(inputs)
         except _Reached as reached:
-            return (reached.args[0],)
+            if reached.stop is not self._stop:  # that of an extractor around this one
+                raise
+            return (reached.output,)
         return None
 
     def _run_through(self, inputs: Any) -> tuple[Any] | None:
@@ -105,6 +107,11 @@ class _Reached(Exception):
     It needs no place to keep the output between the part and the caller, so threads don't meet.
     """
 
+    def __init__(self, stop: _Stop, output: Any) -> None:
+        super().__init__()
+        self.stop = stop
+        self.output = output
+
 
 class _Stop:
     """The hook of the part: it ends the run, or, under the exporter, keeps the first output."""
@@ -114,7 +121,7 @@ class _Stop:
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not _is_exporting():
-            raise _Reached(output)
+            raise _Reached(self, output)
         if self.kept is None:
             self.kept = (output,)
 

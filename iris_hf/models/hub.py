@@ -45,6 +45,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
 
     Raises:
         ConfigError: If the model, or a part of it, was made otherwise.
+        DataError: If an argument of its making names what would be loaded from elsewhere, such as `hf_model_name`.
     """
     from safetensors.torch import save_file
 
@@ -71,6 +72,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         else:
             state = {name: tensor.detach().contiguous() for name, tensor in _distinct(model).items()}
             save_file(state, new / _WEIGHTS_FILE, metadata={"format": "pt"})
+        refuse_other_sources(stored, path / _RECIPE_FILE)  # as it would be on loading
         (new / _RECIPE_FILE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
         _remove_model(path)
         for file in new.iterdir():
@@ -218,9 +220,14 @@ def _load_weights(model: nn.Module, file: Path) -> None:
         for k in sorted(own.keys() & saved.keys())
         if own[k].shape != saved[k].shape
     ]
+    types = [
+        f"{k} is {saved[k].dtype} instead of {own[k].dtype}"
+        for k in sorted(own.keys() & saved.keys())
+        if own[k].is_floating_point() != saved[k].is_floating_point()
+    ]
     problems = [f"missing: {', '.join(missing[:3])}"] if missing else []
     problems += [f"superfluous: {', '.join(superfluous[:3])}"] if superfluous else []
-    problems += shapes[:3]
+    problems += shapes[:3] + types[:3]
     if problems:
         raise DataError(
             f"The weights in {str(file)!r} don't fit the model that {_RECIPE_FILE} describes. {'; '.join(problems)}."

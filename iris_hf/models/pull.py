@@ -22,8 +22,9 @@ def fetch(folder_or_repo_id: str | Path, *, revision: str | None, local_files_on
     Subfolders are left out, as are all files that could hold code or a pickle.
 
     Raises:
-        ConfigError: If a revision of a local folder is asked, or the repository lacks the revision.
-        DataError: If there is no such repository, it is not shown to this token, or it cannot be reached.
+        ConfigError: If the repository lacks the revision.
+        DataError: If a revision of a local folder is asked, there is no such repository, it is not shown to this token,
+            or it cannot be reached.
     """
     path = Path(folder_or_repo_id)
     if path.is_dir():

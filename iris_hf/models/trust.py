@@ -11,7 +11,9 @@ from iris_hf.errors import DataError
 HERE = "."
 """What a stored recipe calls its own folder."""
 
-_ELSEWHERE = ("weights", "checkpoint_path", "cache_dir")
+_ELSEWHERE = ("weights", "checkpoint_path", "cache_dir", "hf_model_name", "hf_tokenizer_name")
+_SCHEMES = ("hf-hub", "hf_hub", "local-dir")
+"""What timm and open_clip put before the name of a repository or folder, and a colon behind."""
 
 
 def read_json(file: Path) -> Any:
@@ -66,7 +68,7 @@ def refuse_other_sources(value: Any, file: Path) -> None:
         file: Where it comes from, for the message.
 
     Raises:
-        DataError: If it names weights, a tokenizer or a repository.
+        DataError: If it names weights, a tokenizer, a repository or another folder.
     """
     if isinstance(value, list):
         for item in value:
@@ -77,6 +79,11 @@ def refuse_other_sources(value: Any, file: Path) -> None:
         if key == "name_or_path" and isinstance(item, dict):
             continue  # a whole configuration of transformers, which loads nothing
         other_tokenizer = key == "tokenizer" and item not in (None, HERE)
-        if other_tokenizer or ((key == "name_or_path" or "pretrained" in key or key in _ELSEWHERE) and item):
+        has_scheme = isinstance(item, str) and item.partition(":")[0].lower() in _SCHEMES
+        if (
+            other_tokenizer
+            or has_scheme
+            or ((key == "name_or_path" or "pretrained" in key or key in _ELSEWHERE) and item)
+        ):
             raise DataError(f"{str(file)!r} would load {key}={item!r}. Only what lies beside it is loaded.")
         refuse_other_sources(item, file)

@@ -150,6 +150,12 @@ def test_code_in_a_configuration_is_not_run(client, hub, tmp_path):
         ({"pretrained": True}, r"would load pretrained=True. Only what lies beside it is loaded"),
         ({"weights": "weights.pth"}, r"would load weights='weights.pth'"),
         ({"config": {"checkpoint_path": "x.pth"}}, r"would load checkpoint_path='x.pth'"),
+        (
+            {"vision_cfg": {"timm_model_name": "hf-hub:mallory/timm"}},
+            r"would load timm_model_name='hf-hub:mallory/timm'",
+        ),
+        ({"text_cfg": {"hf_model_name": "mallory/evil"}}, r"would load hf_model_name='mallory/evil'"),
+        ({"text": {"hf_tokenizer_name": "mallory/evil"}}, r"would load hf_tokenizer_name='mallory/evil'"),
         ({"tokenizer": "mallory/tokens"}, r"would load tokenizer='mallory/tokens'"),
         ({"shell": "rm"}, r"describes no model that can be made.*shell"),
     ],

@@ -115,12 +115,25 @@ def test_a_public_repository_takes_no_private_model(client, hub):
     assert hub.files("models/alice/public") == {"notes.txt": b"hello"}
 
 
+def test_a_repository_that_somebody_makes_in_between_is_taken(client, hub):
+    for name, is_private in (("alice/raced", False), ("alice/raced-secretly", True)):
+        hub.plant(f"models/{name}", {"notes.txt": b"hello"}, private=is_private)
+        hub.fail("GET", f"/api/models/{name}$", 404, code="RepoNotFound")
+        client(hub_client.push, "timm-resnet", name, private=is_private)
+        assert {"notes.txt", "model.safetensors"} < hub.files(f"models/{name}").keys()
+    hub.plant("models/alice/raced-publicly", {"notes.txt": b"hello"})
+    hub.fail("GET", "/api/models/alice/raced-publicly$", 404, code="RepoNotFound")
+    with pytest.raises(ConfigError, match=r"exists and is public: nothing was pushed"):
+        client(hub_client.push, "timm-resnet", "alice/raced-publicly", private=True)
+
+
 def test_a_second_push_replaces_the_model_and_keeps_the_rest(client, hub):
-    hub.plant("models/alice/again", {"notes.txt": b"hello", "model-00001-of-00002.safetensors": b"old"})
+    others = ("notes.txt", "models_2023/weights.safetensors", "tokenizer_old/a.json", "model_cards/old.safetensors.md")
+    hub.plant("models/alice/again", {**dict.fromkeys(others, b"hello"), "model-00001-of-00002.safetensors": b"old"})
     client(hub_client.push, "hf-vit", "alice/again")
     _, _, pushed = client(hub_client.push, "timm-resnet", "alice/again", seed=6)
     held = hub.files("models/alice/again")
-    assert held["notes.txt"] == b"hello"
+    assert [held[name] for name in others] == [b"hello"] * 4
     assert not {"model-00001-of-00002.safetensors", "config.json", "preprocessor_config.json"} & held.keys()
     assert json.loads(held["iris_hf.json"])["factory"] == "create_timm_model"
     assert equal(client(hub_client.pull, "alice/again", "timm-resnet"), pushed)

@@ -144,6 +144,16 @@ def test_every_module_of_real_models_gives_what_a_hook_sees(name):
     assert checked > 5
 
 
+def test_an_extractor_of_an_extractor_stops_where_it_says():
+    net, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2), nn.ReLU()), torch.rand(5, 4)
+    inner = make_feature_extractor_model(net, output_module_name="2")
+    outer = make_feature_extractor_model(inner, output_module_name="model.0")
+    assert torch.equal(outer(x), net[0](x))
+    assert torch.equal(pickle.loads(pickle.dumps(outer))(x), net[0](x))
+    with pytest.raises(ConfigError, match=r"'model.3' does not run"):
+        make_feature_extractor_model(inner, output_module_name="model.3")(x)
+
+
 def test_threads_do_not_meet():
     model = make_feature_extractor_model(make("timm-resnet").eval(), output_module_name="network.network.layer2")
     batches = [torch.rand(1, 3, 64, 64) for _ in range(24)]

@@ -158,6 +158,25 @@ def test_a_model_that_nobody_knows_how_to_make_is_refused(tmp_path):
         register_model_factory("append_classifier")(make_tied)
 
 
+def test_a_recipe_that_would_load_from_elsewhere_is_not_saved(tmp_path):
+    model = make_tied(width=4, inner=nn.Identity())
+    model._recipe.arguments["text_cfg"] = {"hf_model_name": "alice/words"}
+    with pytest.raises(DataError, match=r"would load hf_model_name='alice/words'"):
+        save_pretrained(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_kind_of_number_are_refused_by_name(tmp_path):
+    model = make_tied(width=4, inner=nn.BatchNorm1d(4))
+    save_pretrained(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    saved = load_file(file)
+    for name, dtype in (("0.weight", torch.int32), ("2.num_batches_tracked", torch.float32)):
+        save_file({**saved, name: saved[name].to(dtype)}, file)
+        with pytest.raises(DataError, match=rf"don't fit.*{name} is {dtype} instead of"):
+            from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["timm-resnet", "hf-vit"])
 def test_broken_folders_are_refused_by_name(name, tmp_path):
     save_pretrained(make(name), tmp_path)
