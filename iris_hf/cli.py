@@ -109,9 +109,9 @@ def task_parser(task: Task) -> argparse.ArgumentParser:
         prog=f"iris-hf {task.name}",
         allow_abbrev=False,
         description=task.summary,
-        epilog="Models: a folder of save_pretrained or a Hub repository. Datasets: a folder of save_to_disk, an image "
-        "folder, a .parquet file or a Hub repository, each with #split where it has several. Tensors: .safetensors, "
-        ".npy or .json. Outputs that are not saved are printed as JSON.",
+        epilog="Models: a folder of save_pretrained or of export_onnx, or a Hub repository. Datasets: a folder of "
+        "save_to_disk, an image folder, a .parquet file or a Hub repository, each with #split where it has several. "
+        "Tensors: .safetensors, .npy or .json. Outputs that are not saved are printed as JSON.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inputs = parser.add_argument_group("inputs")

@@ -35,9 +35,10 @@ def read_input(field: Field, text: str | list[str]) -> Any:
         path, _, split = text.partition("#")
         return load_hf_dataset(path, split=split or None).dataset
     if field.name.endswith(("model", "classifier")):
-        from iris_hf.models.hub import from_pretrained
+        from iris_hf.export.runtime import load_onnx
+        from iris_hf.models.hub import from_pretrained, is_export
 
-        return from_pretrained(text)
+        return load_onnx(text) if is_export(Path(text)) else from_pretrained(text)
     return read_tensor(text)
 
 

@@ -15,12 +15,15 @@ from torch import nn
 from iris_hf.errors import DataError
 from iris_hf.export.examples import image_spec_of
 from iris_hf.export.graph import Graph
+from iris_hf.models.hub import EXPORT_FILE, TOKENIZER_FILES, save_tokenizer
 from iris_hf.models.image_spec import ImageSpec
+from iris_hf.models.trust import HERE
 
 if TYPE_CHECKING:
     from iris_hf.export.onnx import OnnxExport
 
-MODEL_FILE, DESCRIPTION_FILE, LABELS_FILE, FORMAT = "model.onnx", "iris_hf_onnx.json", "labels.json", 1
+MODEL_FILE, DESCRIPTION_FILE, LABELS_FILE, FORMAT = "model.onnx", EXPORT_FILE, "labels.json", 1
+_FILES = (MODEL_FILE, DESCRIPTION_FILE, LABELS_FILE, "config.json", "preprocessor_config.json")
 _BOXES = {"boxes", "score_threshold"}
 
 
@@ -29,14 +32,18 @@ def write_folder(export: OnnxExport, graph: Graph, model: nn.Module, folder: Pat
 
     Files: `model.onnx`; `config.json` with the names of the classes, as transformers has it;
     `preprocessor_config.json`, which resizes and scales to [0, 1] but does not normalise, as the graph does that;
-    `labels.json`; and `iris_hf_onnx.json`, from which :func:`iris_hf.export.runtime.load_onnx` knows what the tensors
-    mean.
+    `labels.json`; the files of the tokenizer, where the model has one of transformers; and `iris_hf_onnx.json`, from
+    which :func:`iris_hf.export.runtime.load_onnx` knows what the tensors mean.
 
     Args:
         export: What to write.
         graph: The graph that was exported.
         model: The model it was made of.
-        folder: Made if absent. Files of these names are replaced.
+        folder: Made if absent. Files of these names are replaced, and the tokenizer of an export that it held is
+            removed.
+
+    Raises:
+        ConfigError: If the tokenizer that the model names cannot be had.
     """
     spec = image_spec_of(model)
     names = getattr(model, "class_names", None)
@@ -48,6 +55,7 @@ def write_folder(export: OnnxExport, graph: Graph, model: nn.Module, folder: Pat
         "num_classes": getattr(model, "num_classes", None),
         "class_names": names,
         "tokenizer_name": getattr(model, "tokenizer_name", None),
+        "max_length": getattr(getattr(model, "text_model", model), "max_length", None),
         "image_spec": None if spec is None else dataclasses.asdict(_without_normalisation(spec)),
         "dynamic_size": export.dynamic_size,
         "dynamic_length": export.dynamic_length,
@@ -59,6 +67,8 @@ def write_folder(export: OnnxExport, graph: Graph, model: nn.Module, folder: Pat
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as workplace:
         aside = Path(workplace)
+        if save_tokenizer(model, aside):
+            description["tokenizer_name"] = HERE
         (aside / MODEL_FILE).write_bytes(export.data)
         (aside / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         if names is not None:
@@ -66,8 +76,10 @@ def write_folder(export: OnnxExport, graph: Graph, model: nn.Module, folder: Pat
         _write_config(model, names, aside)
         if spec is not None:
             _save_preprocessor(model, spec, aside)
-        for name in (MODEL_FILE, DESCRIPTION_FILE, LABELS_FILE, "config.json", "preprocessor_config.json"):
-            (folder / name).unlink(missing_ok=True)
+        old_tokenizer = TOKENIZER_FILES if (folder / DESCRIPTION_FILE).is_file() else ()
+        for pattern in (*_FILES, *old_tokenizer):
+            for file in folder.glob(pattern):
+                file.unlink()
         for file in aside.iterdir():
             file.replace(folder / file.name)
 

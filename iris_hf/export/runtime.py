@@ -14,6 +14,7 @@ from iris_hf.export.check import make_session, run_session
 from iris_hf.export.examples import Batch, is_list_of_images, split_inputs
 from iris_hf.export.folder import MODEL_FILE, make_spec, read_description
 from iris_hf.export.structure import rebuild
+from iris_hf.models.trust import HERE
 
 
 class OnnxModel(nn.Module):
@@ -27,7 +28,8 @@ class OnnxModel(nn.Module):
         num_classes: As the model's.
         class_names: As the model's.
         image_spec: The images it takes, without normalisation, or None.
-        tokenizer_name: As the model's.
+        tokenizer_name: As the model's; the folder, where that holds the tokenizer.
+        max_length: The largest number of tokens, as the model's, or None.
         dynamic_size: Whether it takes images of any size.
         dynamic_length: Whether it takes texts of any length.
     """
@@ -45,6 +47,7 @@ class OnnxModel(nn.Module):
         self.num_classes = description.get("num_classes")
         self.class_names = description.get("class_names")
         self.tokenizer_name = description.get("tokenizer_name")
+        self.max_length = description.get("max_length")
         self.dynamic_size = bool(description.get("dynamic_size"))
         self.dynamic_length = bool(description.get("dynamic_length"))
         self.image_spec = make_spec(description)
@@ -132,6 +135,8 @@ def load_onnx(
         raise MissingDependencyError("load_onnx needs onnxruntime: pip install 'iris-hf[onnx]'.")
     path = Path(folder)
     description = read_description(path)
+    if description.get("tokenizer_name") == HERE:
+        description["tokenizer_name"] = str(path)
     data = (path / MODEL_FILE).read_bytes()
     try:
         return OnnxModel(data, description, num_threads=num_threads, providers=providers)

@@ -25,7 +25,7 @@ _ON_ALL_RANKS = frozenset({"train", "train_with_gradient_cache", "predict", "ben
 _NOT_CACHED = frozenset(
     {
         *("benchmark_model", "export_onnx", "load_hf_dataset", "save_hf_dataset", "save_pretrained"),
-        *("push_to_hub", "push_dataset_to_hub"),
+        *("from_pretrained", "load_onnx", "push_to_hub", "push_dataset_to_hub"),
     }
 )
 """What measures, or reads or writes something beside its inputs and outputs."""

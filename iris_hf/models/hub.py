@@ -24,13 +24,21 @@ from iris_hf.models.trust import HERE, read_json, refuse_code, refuse_other_sour
 
 _RECIPE_FILE, _WEIGHTS_FILE, _FORMAT = "iris_hf.json", "model.safetensors", 1
 _TOKENIZER_FILE = "tokenizer_config.json"
-MODEL_FILES = (
-    *("model*.safetensors*", "pytorch_model*.bin*", _RECIPE_FILE, "config.json", "generation_config.json"),
-    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+TOKENIZER_FILES = (
     *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.*"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
 )
+"""What transformers writes for a tokenizer."""
+
+MODEL_FILES = (
+    *("model*.safetensors*", "pytorch_model*.bin*", _RECIPE_FILE, "config.json", "generation_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *TOKENIZER_FILES,
+)
 """What iris_hf and transformers write for a model."""
+
+EXPORT_FILE = "iris_hf_onnx.json"
+"""What describes an export to ONNX, in place of a recipe."""
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> None:
@@ -62,7 +70,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".iris_hf-", dir=path) as temporary:
         new = Path(temporary)
-        if _save_tokenizer(model, new):
+        if save_tokenizer(model, new):
             stored = _point_here(stored)
         network = hf_network(model)
         if network is not None:
@@ -101,7 +109,7 @@ def from_pretrained(
     Raises:
         ConfigError: If the folder names a factory that isn't registered, or the repository lacks the revision.
         DataError: If the repository cannot be had, or the folder, its description or its weights are missing,
-            unreadable, or don't fit each other.
+            unreadable, or don't fit each other. If the folder holds an export, which `load_onnx` loads.
     """
     folder = fetch(folder_or_repo_id, revision=revision, local_files_only=local_files_only)
     model = _load(folder).eval()
@@ -111,11 +119,18 @@ def from_pretrained(
     return model
 
 
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds an export to ONNX, and no model that :func:`from_pretrained` loads."""
+    return (folder / EXPORT_FILE).is_file() and not (folder / _RECIPE_FILE).is_file()
+
+
 def _load(folder: Path) -> nn.Module:
     from iris_hf.models.sources.text_encoders import load_hf_text_encoder
     from iris_hf.models.sources.transformers import check_weights, load_hf_model
 
     recipe_file = folder / _RECIPE_FILE
+    if is_export(folder):
+        raise DataError(f"{str(folder)!r} holds an export to ONNX: load it with load_onnx.")
     if not recipe_file.is_file():
         if not (folder / "config.json").is_file():
             raise DataError(
@@ -174,8 +189,12 @@ def _parts_with_tokenizer(model: nn.Module) -> list[nn.Module]:
     return [m for m in parts if m.tokenizer_name not in open_clip.list_models()]
 
 
-def _save_tokenizer(model: nn.Module, folder: Path) -> bool:
-    """Write the tokenizer of transformers that a model names; tell whether there is one."""
+def save_tokenizer(model: nn.Module, folder: Path) -> bool:
+    """Write the tokenizer of transformers that a model names; tell whether there is one.
+
+    Raises:
+        ConfigError: If it cannot be had, or the model has several.
+    """
     from iris_hf.models.sources.open_clip import create_tokenizer
 
     names = sorted({str(part.tokenizer_name) for part in _parts_with_tokenizer(model)})

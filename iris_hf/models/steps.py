@@ -7,6 +7,7 @@ DDP, FSDP and torch.compile see nothing but `forward`. Loops therefore prepare t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -273,7 +274,8 @@ class Predictor(nn.Module):
 
 def _require_module(model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"A model must be a torch.nn.Module, got {type(model).__name__}.")
+        advice = " Load a saved one with from_pretrained, an export with load_onnx." * isinstance(model, str | Path)
+        raise ConfigError(f"A model must be a torch.nn.Module, got {type(model).__name__}.{advice}")
 
 
 def _require_forward(model: nn.Module) -> None:

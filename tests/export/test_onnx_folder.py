@@ -4,19 +4,27 @@ import concurrent.futures
 import copy
 import json
 import pickle
+import shutil
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
 from models.families import FAMILIES, NAMES, make, make_batch
 from models.resnet20 import load_cifar10, load_resnet20
+from models.words import save_word_tokenizer
 from onnx_models import HAS_OPTIMUM, HAS_RUNTIME, Stepped, enliven, zero_shot
 
 import iris_hf
-from iris_hf.errors import DataError
+from iris_hf.cli import main
+from iris_hf.errors import ConfigError, DataError
 from iris_hf.export.onnx import export_onnx, export_onnx_model
-from iris_hf.export.runtime import load_onnx
+from iris_hf.export.runtime import OnnxModel, load_onnx
+from iris_hf.models.hub import from_pretrained
+from iris_hf.models.sources.open_clip import create_tokenizer
+from iris_hf.models.sources.text_encoders import create_hf_text_encoder
 from iris_hf.models.transforms import create_image_transform
+from iris_hf.tasks import TASKS
 
 pytestmark = pytest.mark.skipif(not HAS_RUNTIME, reason="the packages of the extra onnx are not installed")
 needs_optimum = pytest.mark.skipif(not HAS_OPTIMUM, reason="Optimum's classes for ONNX need transformers 4")
@@ -185,6 +193,51 @@ def test_the_folder_holds_labels_configuration_and_errors(tmp_path):
     assert json.loads((tmp_path / "iris_hf_onnx.json").read_text())["errors"] == export.errors
     export_onnx(zero_shot(), input_size=32, folder=tmp_path)
     assert not (tmp_path / "labels.json").exists()  # of the model that was there before
+
+
+def test_the_tokenizer_travels_with_the_export(tmp_path):
+    words = tmp_path / "words"
+    settings = {"model_type": "bert", "vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 1}
+    settings |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 16}
+    name = save_word_tokenizer(words, model_max_length=10**30)
+    encoder = create_hf_text_encoder(settings, pretrained=False, tokenizer=name).eval()
+    tokens = create_tokenizer(encoder)(["a big red dog"])
+    export_onnx(encoder, folder=tmp_path / "exported")
+    shutil.rmtree(words)
+    folder = (tmp_path / "exported").rename(tmp_path / "elsewhere")
+    assert not [file.name for file in folder.iterdir() if str(tmp_path).encode() in file.read_bytes()]
+    loaded = load_onnx(folder)
+    tokenizer = create_tokenizer(loaded)
+    assert tokenizer.max_length == encoder.max_length == 16
+    assert torch.equal(tokenizer(["a big red dog"])["input_ids"], tokens["input_ids"])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.prediction_step(tokens), encoder(tokens), atol=1e-5, rtol=0)
+    export_onnx(Stepped(), input_size=16, folder=folder)
+    assert not list(folder.glob("tokenizer*"))
+    assert load_onnx(folder).tokenizer_name is None
+
+
+def test_the_command_line_and_jobs_take_an_exported_folder(tmp_path, capsys):
+    folder, images = tmp_path / "exported", tmp_path / "images"
+    model = make("timm-resnet").eval()
+    export_onnx(model, input_size=32, folder=folder)
+    for name in ("blue", "red"):
+        (images / name).mkdir(parents=True)
+        PICTURE.save(images / name / "0.png")
+    dataset = ["--dataset", str(images), "--model", str(folder), "--batch-size", "1"]
+    predictions = ["--num-dataloader-workers", "0", "--save-predictions", str(tmp_path / "p.npy")]
+    assert main(["predict", *dataset, *predictions]) == 0
+    with torch.no_grad():
+        expected = model.prediction_step(create_image_transform(model)(PICTURE)[None]).expand(2, -1)
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "p.npy")), expected, atol=1e-5, rtol=0)
+    capsys.readouterr()
+    assert main(["benchmark_model", *dataset, "--num-iterations", "1", "--skip-training"]) == 0
+    assert json.loads(capsys.readouterr().out)["prediction_throughput"] > 0
+    assert isinstance(TASKS["load_onnx"].function(folder), OnnxModel)
+    with pytest.raises(DataError, match=r"exported' holds an export to ONNX: load it with load_onnx"):
+        from_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"got str. Load a saved one with from_pretrained, an export with load_onnx"):
+        iris_hf.predict([torch.rand(3, 8, 8)], str(folder), device="cpu", num_dataloader_workers=0)
 
 
 @pytest.mark.parametrize(("precision", "correct"), [("fp32", 915), ("fp16", 915), ("int8", 915)])
