@@ -49,11 +49,12 @@ def remap_columns(dataset: HFDataset, class_ids: Sequence[int], class_names: Seq
         chunks = [rewrite(chunk) for chunk in source.data.table[layout.target].chunks]
         table = pa.table({layout.target: pa.chunked_array(chunks)})
         columns = datasets.table.InMemoryTable(table.cast(datasets.Features(features).arrow_schema))
-    return HFDataset(_with_columns(source, columns, features), dataclasses.replace(layout, **changes))
+    new = datasets.fingerprint.Hasher.hash([source._fingerprint, list(class_ids), list(class_names), layout])
+    return HFDataset(_with_columns(source, columns, features, new), dataclasses.replace(layout, **changes))
 
 
 def _with_columns(
-    source: datasets.Dataset, columns: datasets.table.Table, features: dict[str, Any]
+    source: datasets.Dataset, columns: datasets.table.Table, features: dict[str, Any], fingerprint: str
 ) -> datasets.Dataset:
     """Put columns in the place of those of the same names; no row is copied.
 
@@ -69,7 +70,7 @@ def _with_columns(
         info=info,
         split=source.split,
         indices_table=source._indices,
-        fingerprint=datasets.fingerprint.generate_random_fingerprint(),
+        fingerprint=fingerprint,
     )
 
 

@@ -87,6 +87,7 @@ def show(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     from iris_hf.irisml.check import find_task_class, known_tasks
     from iris_hf.irisml.names import installed
+    from iris_hf.irisml.task_classes import config_fields
     from iris_hf.tasks import TASKS
 
     with installed():
@@ -96,9 +97,10 @@ def show(arguments: Sequence[str]) -> int:
             return 0
         task = find_task_class(options.task)
         print(inspect.getdoc(task) or "It has no description.")
-        for title, fields in (("Config", task.Config), ("Inputs", task.Inputs), ("Outputs", task.Outputs)):
+        inputs, outputs = dataclasses.fields(task.Inputs), dataclasses.fields(task.Outputs)
+        for title, fields in (("Config", config_fields(task)), ("Inputs", inputs), ("Outputs", outputs)):
             print(f"\n{title}:")
-            for field in dataclasses.fields(fields):
+            for field in fields:
                 print(f"  {field.name}: {_type_name(field.type)}{_default(field)}")
     return 0
 

@@ -6,6 +6,7 @@ Sequence, Mapping or other unions. A job is JSON, so that of several alternative
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import types
 import typing
@@ -13,9 +14,71 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_args, get_origin
 
+from iris_hf.errors import ConfigError
 from iris_hf.tasks import union_members
 
 _PLAIN = (bool, int, float, str)
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+class _Reader(type):
+    """The type of a type that irisml calls with a value of a job, or with the text of a variable, to convert it."""
+
+    read: Any
+
+    def __call__(cls, value: Any) -> Any:
+        return cls.read(value)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return True  # irisml asks of a variable that a task has set, and takes it as it is
+
+
+class TrueOrFalse(metaclass=_Reader):
+    """`false` is false, where bool takes every text for true."""
+
+    @staticmethod
+    def read(value: Any) -> bool:
+        """Read a truth value or its text."""
+        truth = _TRUTH.get(str(value).lower())
+        if truth is None:
+            raise ConfigError(f"A field takes true or false, got {value!r}.")
+        return truth
+
+
+class Literally(metaclass=_Reader):
+    """What a text says: a number, a list, true or false, or else the text."""
+
+    @staticmethod
+    def read(value: Any) -> Any:
+        """Read a text; another value stays as it is."""
+        if not isinstance(value, str):
+            return value
+        if value in ("true", "false"):
+            return value == "true"
+        try:
+            return ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            return value
+
+
+class FreeMapping(metaclass=_Reader):
+    """A mapping with any values; variables in it are numbers, lists and truth values where their text says so."""
+
+    @staticmethod
+    def read(value: Any) -> Any:
+        """Tell the variables in a mapping what they are."""
+        if not isinstance(value, dict):
+            raise ConfigError(f"A field takes a mapping, got {value!r}.")
+        _read_variables_literally(value)
+        return value
+
+
+def _read_variables_literally(value: Any) -> None:
+    if isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            _read_variables_literally(part)
+    elif hasattr(value, "expected_type"):
+        value.expected_type = Literally
 
 
 def config_type(annotation: Any) -> Any:
@@ -78,8 +141,8 @@ def _of_one(kind: Any) -> Any:
         return list[config_type(get_args(kind)[0])]  # type: ignore[misc]
     if _is_a(kind, Mapping):
         key, value = get_args(kind)
-        return dict[key, config_type(value)]  # type: ignore[misc,valid-type]
-    return kind
+        return FreeMapping if value is Any else dict[key, config_type(value)]  # type: ignore[misc,valid-type]
+    return TrueOrFalse if kind is bool else kind
 
 
 def _is_json(kind: Any) -> bool:
@@ -103,32 +166,36 @@ def nested_classes() -> dict[str, type]:
 def plain_dataclass(kind: Any) -> type:
     """Return a dataclass with the fields of another, in the loader's types, and without its checks.
 
-    Fields that have a default may be None as well, which means the default.
+    Every field may be left out or None, which means that the job doesn't say it: what stands there then, such as the
+    normalisation that a pretrained model was trained with, is for the task to know.
     """
     if kind not in _PLAIN_DATACLASSES:
         hints = typing.get_type_hints(kind)
         plain = make_fields_class(
             kind.__name__,
-            [(f.name, _nested_type(hints[f.name], f.default), f.default) for f in dataclasses.fields(kind)],
+            [(f.name, _nested_type(hints[f.name]), None) for f in dataclasses.fields(kind)],
             qualname=kind.__name__,
         )
         _PLAIN_DATACLASSES[kind] = plain
     return _PLAIN_DATACLASSES[kind]
 
 
-def _nested_type(annotation: Any, default: Any) -> Any:
+def _nested_type(annotation: Any) -> Any:
     kind = config_type(annotation)
-    return kind if default is dataclasses.MISSING or kind is Any else Optional[kind]  # noqa: UP045
+    return kind if kind is Any else Optional[kind]  # noqa: UP045
 
 
 HOME = "iris_hf.irisml.tasks"
 """The module where pickle finds the classes that are made here."""
 
 
-def make_fields_class(name: str, fields: Sequence[tuple[str, Any, Any]], *, qualname: str) -> type:
+def make_fields_class(
+    name: str, fields: Sequence[tuple[str, Any, Any]], *, qualname: str, methods: Mapping[str, Any] | None = None
+) -> type:
     """Make a dataclass of (name, type, default); required fields come first, and lists are copied for each object."""
     ordered = sorted(fields, key=lambda field: field[2] is not dataclasses.MISSING)
-    made = dataclasses.make_dataclass(name, [(n, kind, _field(default)) for n, kind, default in ordered])
+    typed = [(n, kind, _field(default)) for n, kind, default in ordered]
+    made = dataclasses.make_dataclass(name, typed, namespace=dict(methods or {}))
     made.__module__, made.__qualname__ = HOME, qualname
     return made
 

@@ -21,7 +21,8 @@ def install() -> None:
     """Let irisml find the tasks of iris_hf by their names, in place of those of irisml-tasks-training.
 
     All other tasks stay as they are. A second call changes nothing. Names in the original's modules other than `Task`,
-    and its submodules, are still found where it is installed, so that its other tasks, which import them, work.
+    and its submodules, are still found where it is installed, so that its other tasks, which import them, work. A
+    Task of another module that extends one of them extends the original's.
 
     Raises:
         MissingDependencyError: If irisml is not installed.
@@ -75,16 +76,15 @@ class _Finder(MetaPathFinder):
         if package != _PACKAGE or name not in TASKS:
             return None
         original = PathFinder.find_spec(fullname, path)
-        spec = ModuleSpec(fullname, _TaskLoader(name, original), origin="iris_hf")
+        spec = ModuleSpec(fullname, _TaskLoader(name), origin="iris_hf")
         if original is not None:
             spec.submodule_search_locations = original.submodule_search_locations
         return spec
 
 
 class _TaskLoader(Loader):
-    def __init__(self, name: str, original: ModuleSpec | None) -> None:
+    def __init__(self, name: str) -> None:
         self._name = name
-        self._original = original
 
     def exec_module(self, module: ModuleType) -> None:
         from iris_hf.irisml.task_classes import task_class
@@ -94,12 +94,28 @@ class _TaskLoader(Loader):
 
     def _find_in_original(self, name: str) -> Any:
         """Look up what another module of the original imports from this one."""
-        if self._original is None or self._original.loader is None or name.startswith("__"):
+        original = None if name.startswith("__") else find_original(self._name)
+        if original is None:
             raise AttributeError(f"module '{_PACKAGE}.{self._name}' of iris_hf has no attribute {name!r}")
-        original = module_from_spec(self._original)
-        self._original.loader.exec_module(original)
         return getattr(original, name)
+
+
+def find_original(name: str) -> ModuleType | None:
+    """Return the module of a task that :func:`install` replaces, or None if no package brings one."""
+    fullname = f"{_PACKAGE}.{name}"
+    if fullname not in _REPLACED:
+        spec = PathFinder.find_spec(fullname, irisml_module("tasks").__path__)
+        if spec is None or spec.loader is None:
+            return None
+        _REPLACED[fullname] = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(_REPLACED[fullname])
+        except BaseException:
+            del _REPLACED[fullname]
+            raise
+    return _REPLACED[fullname]
 
 
 _FINDER = _Finder()
 _REPLACED: dict[str, ModuleType] = {}
+"""The modules of the original: those that were imported before :func:`install`, and those that were needed since."""

@@ -8,14 +8,17 @@ error handler need no agreement.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 from iris_hf.engine.accelerator import launched_world_size, open_accelerator
+from iris_hf.errors import ConfigError
 from iris_hf.tasks import Task, find_task
+from iris_hf.training.checkpoint import Preempted
 
 _LONGEST_WAIT = timedelta(days=30)
 """How long a process waits for its next call: the tasks in between may take their time."""
@@ -41,9 +44,18 @@ def run_on_main(job: Callable[[], None]) -> None:
 
 
 def call_on_all_ranks(task: Task, arguments: Mapping[str, Any]) -> Any:
-    """Call a task's function; within :func:`run_on_main`, on every process."""
+    """Call a task's function; within :func:`run_on_main`, on every process.
+
+    Raises:
+        ConfigError: In a process that a task of the main process has started, which the others don't hear.
+    """
     if not _LEADING:
         return task.function(**arguments)
+    if _LEADING[-1].pid != os.getpid():
+        raise ConfigError(
+            f"The task {task.name!r} uses all processes of the launcher, and cannot in one that another task has "
+            "started, as run_parallel does. Take run_sequential, or run the job without a launcher."
+        )
     return _LEADING[-1].call_everywhere(task, arguments)
 
 
@@ -56,18 +68,22 @@ class _Crew:
         group: All of them, for talking on the CPU beside the groups of the tasks.
         failed: The same, for meeting after a failure.
         is_whole: Whether all still listen; not after an error on some of them only.
+        pid: Of this process.
     """
 
     rank: int
     group: Any
     failed: Any
     is_whole: bool = True
+    pid: int = field(default_factory=os.getpid)
 
     def lead(self, job: Callable[[], None]) -> None:
         """Run the job, then let the others go."""
         _LEADING.append(self)
         try:
             job()
+        except Preempted:  # every rank leaves with it, and has left
+            raise
         except BaseException as error:
             self._send(("failed", _portable(error)))
             raise
@@ -148,8 +164,9 @@ def _open_crew() -> Iterator[_Crew]:
     failed = dist.new_group(backend="gloo", timeout=_FAILURE_WAIT)
     crew = _Crew(dist.get_rank(), group, failed)
     yield crew
-    if crew.is_whole:
-        dist.destroy_process_group()
+    if crew.is_whole:  # Accelerate's own group stays, for what the script does next
+        dist.destroy_process_group(group)
+        dist.destroy_process_group(failed)
 
 
 def _portable(error: BaseException) -> BaseException:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from iris_hf.irisml.check import checked_job
+from iris_hf.irisml.check import check_job
 from iris_hf.irisml.engine import irisml_module
 from iris_hf.irisml.names import installed
 from iris_hf.irisml.ranks import run_on_main
@@ -41,11 +42,11 @@ def run_job(
     """
     with installed():
         env = dict(env_vars or {})
-        checked = checked_job(job, env)
+        check_job(job, env)
 
         def run() -> None:
             with folder_cache():
-                runner = _runner(checked, cache_storage_url, no_cache_read)
+                runner = _runner(job, cache_storage_url, no_cache_read)
                 runner.run(env, dry_run=dry_run)
 
         run_on_main(run)
@@ -100,7 +101,7 @@ def folder_cache() -> Iterator[None]:
                 return
             file.parent.mkdir(parents=True, exist_ok=True)
             for path, content in ((file, contents), (hash_file, hash_value.encode())):
-                partial = path.with_name(path.name + ".partial")
+                partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
                 partial.write_bytes(content)
                 partial.replace(path)
 

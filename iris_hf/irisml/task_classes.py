@@ -6,13 +6,17 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
+import uuid
 from collections.abc import Mapping
-from typing import Any, get_origin
+from typing import Any, Literal, Optional, get_origin
 
 from iris_hf._version import __version__
+from iris_hf.engine.plugins.registry import BUILT_IN
 from iris_hf.errors import ConfigError
 from iris_hf.irisml.engine import irisml_module
-from iris_hf.irisml.field_types import HOME, config_type, input_type, make_fields_class, takes_text
+from iris_hf.irisml.field_types import HOME, Literally, config_type, input_type, make_fields_class, takes_text
+from iris_hf.irisml.names import find_original
 from iris_hf.irisml.ranks import call_on_all_ranks
 from iris_hf.tasks import Field, Task, find_task
 
@@ -25,10 +29,22 @@ _ON_ALL_RANKS = frozenset({"train", "train_with_gradient_cache", "predict", "ben
 _NOT_CACHED = frozenset(
     {
         *("benchmark_model", "export_onnx", "load_hf_dataset", "save_hf_dataset", "save_pretrained"),
-        *("from_pretrained", "load_onnx", "push_to_hub", "push_dataset_to_hub"),
+        *("from_pretrained", "load_onnx", "push_to_hub", "push_dataset_to_hub", "create_hf_model", "create_timm_model"),
+        *("create_open_clip_model", "create_hf_text_encoder", "create_hf_tokenizer", "get_subclass_dataset"),
     }
 )
-"""What measures, or reads or writes something beside its inputs and outputs."""
+"""What measures, or reads or writes something beside its inputs and outputs. (Renumbered masks are a file.)"""
+
+_WRITING_PLUGINS = frozenset({"log_tensorboard", "log_tracker", "profile", "save_best"})
+"""A run with these, or with another package's, is not to be found in the cache."""
+
+_TIMM_WORDS: Mapping[str, tuple[str, Any]] = {
+    "name": ("name", str),
+    "task_type": ("target_type", Literal["multiclass_classification", "multilabel_classification"]),
+}
+"""Config fields of the task of irisml-tasks-timm that ours replaces: the parameter here, and the type there."""
+
+_OTHER_WORDS = {"create_timm_model": _TIMM_WORDS}
 
 _RUN_WHEN_DRY = frozenset(
     {
@@ -39,6 +55,22 @@ _RUN_WHEN_DRY = frozenset(
     }
 )
 """The tasks that only put objects together, which a dry run does, too."""
+
+
+class TaskType(type):
+    """The type of the Task classes. One that extends them was written for the original's, and gets it as its base."""
+
+    iris_hf_task: Task
+
+    def __new__(cls, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> Any:
+        """Make a Task class."""
+        originals = tuple(_original(base) for base in bases)
+        return super().__new__(cls, name, bases, body) if originals == bases else type(name, originals, body)
+
+
+def _original(base: Any) -> Any:
+    module = find_original(base.iris_hf_task.name) if isinstance(base, TaskType) else None
+    return base if module is None else module.Task
 
 
 @functools.cache
@@ -59,8 +91,12 @@ def task_class(name: str) -> Any:
         "__qualname__": name,
         "VERSION": TASK_VERSION,
         "CACHE_ENABLED": name not in _NOT_CACHED,
-        "Config": _fields_class(task, "Config", task.config, config_type),
-        "Inputs": _fields_class(task, "Inputs", task.inputs, input_type),
+        "Config": _config_class(task),
+        "Inputs": make_fields_class(
+            "Inputs",
+            [(f.name, input_type(f.annotation), _input_default(task, f)) for f in task.inputs],
+            qualname=f"{name}.Inputs",
+        ),
         "Outputs": make_fields_class(
             "Outputs",
             [(f.name, input_type(f.annotation), _nothing(f)) for f in task.outputs],
@@ -70,12 +106,52 @@ def task_class(name: str) -> Any:
         "dry_run": _dry_run,
         "iris_hf_task": task,
     }
-    return type("Task", (irisml_module("core").TaskBase,), body)
+    return TaskType("Task", (irisml_module("core").TaskBase,), body)
 
 
-def _fields_class(task: Task, name: str, fields: tuple[Field, ...], kind: Any) -> type:
-    typed = [(f.name, kind(f.annotation), dataclasses.MISSING if f.is_required else f.default) for f in fields]
-    return make_fields_class(name, typed, qualname=f"{task.name}.{name}")
+def is_in_config(task: Task, name: str) -> bool:
+    """Whether an input may also stand in the config, as another package's task of this name has it."""
+    return name in _OTHER_WORDS.get(task.name, ())
+
+
+def _config_class(task: Task) -> type:
+    fields = [(f.name, config_type(f.annotation), _default(f)) for f in task.config]
+    fields += [(name, Optional[kind], None) for name, (_, kind) in _OTHER_WORDS.get(task.name, {}).items()]  # noqa: UP045
+    methods = {}
+    if task.name not in _NOT_CACHED and any(f.name == "plugins" for f in task.config):
+        fields.append((_OWN_KEY, Optional[str], None))  # noqa: UP045
+        methods["__post_init__"] = _take_own_key
+    return make_fields_class("Config", fields, qualname=f"{task.name}.Config", methods=methods)
+
+
+def _default(field: Field) -> Any:
+    return dataclasses.MISSING if field.is_required else field.default
+
+
+def _input_default(task: Task, field: Field) -> Any:
+    return None if is_in_config(task, field.name) else _default(field)
+
+
+_OWN_KEY = "_own_key"
+"""A field of the Config of tasks that may write or read files: part of the cache's key, and new in each such run."""
+
+
+def _take_own_key(self: Any) -> None:
+    """Let the cache not find a run that writes or reads files, which it could not give back."""
+    files = (getattr(self, name, None) for name in ("checkpoint_dir", "resume"))
+    plugins = self.plugins if isinstance(self.plugins, list) else [self.plugins]
+    if self._own_key is None and (any(file is not None for file in files) or any(map(_may_write, plugins))):
+        self._own_key = uuid.uuid4().hex
+
+
+def _may_write(plugin: Any) -> bool:
+    name = re.findall(r"^\s*(\w*)", str(plugin))[0]
+    return name not in BUILT_IN or name in _WRITING_PLUGINS
+
+
+def config_fields(task_class: Any) -> list[dataclasses.Field[Any]]:
+    """Return the fields of a Config that a job may give."""
+    return [field for field in dataclasses.fields(task_class.Config) if field.name != _OWN_KEY]
 
 
 def _nothing(output: Field) -> Any:
@@ -113,15 +189,20 @@ def config_values(task: Task, config: Any, context: Any) -> dict[str, Any]:
         config: Its nested dataclasses become mappings without the fields that are None.
         context: irisml's, for the variables in the arguments of plugins: `"ema('$env.DECAY')"`.
     """
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    values = {f.name: getattr(config, f.name) for f in task.config}
     for field in task.config:
         value = values[field.name]
         if dataclasses.is_dataclass(value):
             values[field.name] = _as_mapping(value)
         elif isinstance(value, str) and not takes_text(field.annotation):
-            values[field.name] = _literal(value)  # a variable for one of several types, such as a number or a list
+            values[field.name] = Literally.read(
+                value
+            )  # a variable for one of several types, such as a number or a list
     if values.get("plugins"):
         values["plugins"] = [_without_variables(plugin, context) for plugin in values["plugins"]]
+    for name, (parameter, _) in _OTHER_WORDS.get(task.name, {}).items():
+        if getattr(config, name) is not None:
+            values[parameter] = getattr(config, name).removesuffix("_classification")
     return values
 
 
@@ -148,17 +229,7 @@ class _Resolved(ast.NodeTransformer):
         if not isinstance(node.value, str) or not node.value.startswith("$"):
             return node
         value = self._context.resolve(irisml_module("core.variable").replace_variables(node.value))
-        return ast.Constant(_literal(value))
-
-
-def _literal(value: Any) -> Any:
-    """Read a number out of a text, which is all that a variable of the environment holds."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return value
+        return ast.Constant(Literally.read(value))
 
 
 def _stored(value: Any) -> Any:

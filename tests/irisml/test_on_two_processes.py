@@ -16,13 +16,15 @@ import iris_hf
 RANK = Path(__file__).parent / "job_rank.py"
 
 
-def launch_job(folder: Path, job: dict[str, Any], *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch_job(
+    folder: Path, job: dict[str, Any], *arguments: str, before: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     file = folder / "job.json"
     file.write_text(json.dumps(job))
-    return torchrun(2, str(RANK), "run", str(file), *arguments)
+    return torchrun(2, str(RANK), *before, "run", str(file), *arguments)
 
 
-def test_side_effects_happen_once_and_training_is_that_of_one_process(tmp_path: Path) -> None:
+def test_side_effects_happen_once_in_each_of_two_runs_and_training_is_that_of_one_process(tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     job = tiny_job(notes, random_seed=0, batch_size="$env.BATCH")
     job["tasks"].append(
@@ -32,13 +34,13 @@ def test_side_effects_happen_once_and_training_is_that_of_one_process(tmp_path: 
             "config": {"path": str(tmp_path / "weights")},
         }
     )
-    done = launch_job(tmp_path, job, "-e", "BATCH=4")
+    done = launch_job(tmp_path, job, "-e", "BATCH=4", before=("--twice",))
     assert done.returncode == 0, done.stderr
     data = Tensors(32)  # the main process's: rank 1 would have made others
     expected = iris_hf.train(Net(), data, None, **TRAIN, random_seed=0).model
     result = iris_hf.predict(data, expected, batch_size=8, num_dataloader_workers=0)
     accuracy = iris_hf.evaluate_accuracy(result.predictions, result.targets)
-    assert notes.read_text() == f"0 accuracy {accuracy}\n"
+    assert notes.read_text() == f"0 accuracy {accuracy}\n" * 2
     weights = torch.load(tmp_path / "weights", weights_only=True)
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)

@@ -1,9 +1,12 @@
 """Jobs: what they do, what the cache keeps, and what a wrong one says."""
 
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from launching import ROOT, run_python
@@ -13,6 +16,8 @@ from tiny_jobs import TRAIN, note, tiny_job
 import iris_hf
 from iris_hf.errors import ConfigError
 from iris_hf.irisml import run_job
+from iris_hf.irisml.check import check_job
+from iris_hf.irisml.run import folder_cache
 
 
 def lines(notes: Path) -> list[str]:
@@ -74,6 +79,67 @@ def test_outputs_survive_the_cache(
     assert not isinstance(pickle.loads(files[0].read_bytes()), dict)
 
 
+def test_a_changed_file_of_weights_is_read_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import timm
+    from safetensors.torch import load_file, save_file
+
+    file, cache, saved = tmp_path / "weights.safetensors", tmp_path / "cache", tmp_path / "saved"
+    cache.mkdir()
+    encode = {"task": "make_feature_extractor_model", "inputs": {"model": "$output.create_timm_model.model"}}
+    create = {"task": "create_timm_model", "inputs": {"name": "test_resnet"}, "config": {"weights": str(file)}}
+    save = {"inputs": {"model": "$output.make_feature_extractor_model.model"}, "config": {"path": str(saved)}}
+    read = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        save_file(timm.create_model("test_resnet").state_dict(), file)
+        with caplog.at_level("INFO"):
+            run_job({"tasks": [create, encode, {"task": "save_state_dict", **save}]}, cache_storage_url=str(cache))
+        first = next(iter(load_file(file).values()))
+        read.append(any(torch.equal(first, value) for value in torch.load(saved, weights_only=True).values()))
+    assert read == [True] * 3
+    assert caplog.text.count("[make_feature_extractor_model]: Found cached outputs") == 1
+
+
+def test_a_training_that_writes_is_not_found_in_the_cache(tmp_path: Path) -> None:
+    cache, checkpoints = tmp_path / "cache", tmp_path / "checkpoints"
+    cache.mkdir()
+    job = {"tasks": tiny_job(tmp_path, checkpoint_dir=str(checkpoints), checkpoint_epochs=1)["tasks"][:2]}
+    for _ in range(2):
+        run_job(job, cache_storage_url=str(cache))
+        assert any(checkpoints.iterdir())
+        shutil.rmtree(checkpoints)
+
+
+def test_renumbered_data_are_the_same_to_the_cache_in_every_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image, boxes = PIL.Image.new("RGB", (8, 8)), torch.tensor([[1, 0.2, 0.2, 0.8, 0.8]])
+    rows = iris_hf.to_hf([(image, boxes)], target_type="detection", class_names=["cat", "dog"], streaming=False)
+    rows.save_to_disk(str(tmp_path / "data"))
+    (tmp_path / "cache").mkdir()
+    data = {name: f"$output.load_hf_dataset.{name}" for name in ("dataset", "class_names")}
+    tasks = [
+        {"task": "load_hf_dataset", "inputs": {"path": str(tmp_path / "data")}},
+        {"task": "get_subclass_dataset", "inputs": data, "config": {"class_ids": [1], "remap_class_ids": True}},
+        {"task": "get_targets_from_dataset", "inputs": {"dataset": "$output.get_subclass_dataset.dataset"}},
+    ]
+    for _ in range(2):
+        with caplog.at_level("INFO"):
+            run_job({"tasks": tasks}, cache_storage_url=str(tmp_path / "cache"))
+    assert caplog.text.count("[get_targets_from_dataset]: Found cached outputs") == 1
+    assert "has different hash" not in caplog.text
+
+
+def test_jobs_can_share_a_folder_as_their_cache(tmp_path: Path) -> None:
+    from irisml.core import job_runner
+
+    with folder_cache():
+        storage = job_runner.create_storage_manager(str(tmp_path))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: storage.put_contents(["train", "model"], b"x" * 9999, "hash", True), range(400)))
+    assert sorted(file.name for file in tmp_path.rglob("*.*")) == ["model.hash"]
+
+
 def test_a_dry_run_works_on_nothing(tmp_path: Path) -> None:
     notes = tmp_path / "notes"
     job = tiny_job(notes)
@@ -106,7 +172,7 @@ WRONG = {
     "unknown literal": ((1, {"config": {"optimizer": "adamv"}}), "Task 'train': Unknown value of optimizer 'adamv'"),
     "wrong type": ((1, {"config": {"num_epochs": "many"}}), "the config field 'num_epochs' takes int, got 'many'"),
     "cut number": ((1, {"config": {"batch_size": 2.5}}), "the config field 'batch_size' takes int, got 2.5"),
-    "text for truth": ((1, {"config": {"nesterov": "perhaps"}}), "'nesterov' takes bool, got 'perhaps'"),
+    "text for truth": ((1, {"config": {"nesterov": "perhaps"}}), "'nesterov' takes true or false, got 'perhaps'"),
     "text for a list": ((1, {"config": {"plugins": "ema"}}), r"'plugins' takes list\[str\], got 'ema'"),
     "number for a mapping": ((1, {"config": {"lr_scheduler": 3}}), "'lr_scheduler' takes a mapping, got 3"),
     "none": ((1, {"config": {"num_epochs": None}}), "'num_epochs' takes int, got None"),
@@ -114,7 +180,38 @@ WRONG = {
         (1, {"config": {"num_epochs": "$env.EPOCHS"}}),
         r"'num_epochs' is '\$env.EPOCHS', and EPOCHS is not set. Set it: -e EPOCHS=VALUE",
     ),
-    "no variable": ((1, {"config": {"device": "$cpu"}}), "Unknown value of device '.cpu'"),
+    "no variable": ((1, {"config": {"device": "$cpu"}}), r"the config field 'device' is '\$cpu', which is neither"),
+    "lower-case variable": (
+        (1, {"config": {"num_epochs": "$env.epochs"}}),
+        r"'num_epochs' is '\$env.epochs', which is neither \$env.NAME, in upper case",
+    ),
+    "variable with a dot": ((1, {"config": {"num_epochs": "$env.A.B"}}), r"'\$env.A.B', which is neither"),
+    "upper-case output": ((1, {"inputs": {"model": "$output.Make.model"}}), r"'\$output.Make.model', which is neither"),
+    "object for a mapping": (
+        (1, {"config": {"lr_scheduler": "$output.make_tiny.model"}}),
+        r"'lr_scheduler' takes a mapping, got '\$output.make_tiny.model'",
+    ),
+    "infinite number": ((1, {"config": {"batch_size": float("inf")}}), "'batch_size' takes int, got inf"),
+    "unknown plugin": (
+        (1, {"config": {"plugins": ["emma"]}}),
+        "Task 'train': Unknown plugin 'emma'. Did you mean 'ema'",
+    ),
+    "unset variable in a plugin": (
+        (1, {"config": {"plugins": ["ema('$env.DECAY')"]}}),
+        r"Task 'train': plugin .* is '\$env.DECAY', and DECAY is not set",
+    ),
+    "wrong type in another package's task": (
+        (0, {"config": {"num_examples": "many"}}),
+        "Task 'make_tiny': the config field 'num_examples' takes int, got 'many'",
+    ),
+    "wrong nested task": (
+        (0, {"task": "run_sequential", "config": {"tasks": [{"task": "predict", "config": {"batchsize": 1}}]}}),
+        "Task 'predict': the input 'dataset' is missing",
+    ),
+    "unknown key of a nested task": (
+        (0, {"task": "branch", "config": {"condition": True, "then_tasks": [{"task": "print", "input": {}}]}}),
+        r"Unknown key of then_tasks\[0\] of branch \(print\) 'input'. Did you mean 'inputs'",
+    ),
     "no variable in an input": ((1, {"inputs": {"model": "$model"}}), r"neither \$env.NAME nor \$output.task.field"),
     "later task": (
         (1, {"inputs": {"model": "$output.predict.model"}}),
@@ -138,6 +235,39 @@ def test_a_wrong_job_names_task_and_field_before_anything_runs(case: str, tmp_pa
     with pytest.raises(ConfigError, match=message):
         run_job(job)
     assert not (tmp_path / "early").exists()
+
+
+def test_outputs_of_nested_tasks_are_known_and_false_is_false_in_them(tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    job = tiny_job(notes, nesterov="$env.NO")  # nesterov without momentum would be an error
+    job["tasks"][1] = {"task": "run_sequential", "config": {"tasks": [job["tasks"][1]]}}
+    job["tasks"][:2] = [
+        {"task": "branch", "config": {"condition": True, "then_tasks": job["tasks"][:2]}},
+    ]
+    run_job(job, {"NO": "false"})
+    assert lines(notes)[0].startswith("- accuracy")
+
+
+def test_nested_tasks_know_what_their_task_sets_for_them() -> None:
+    iris_hf.irisml.install()
+    made = {"task": "make_tiny", "config": {"num_examples": "$env.REPEAT_TASKS_INDEX"}}
+    job: dict[str, Any] = {"tasks": [{"task": "repeat_tasks", "config": {"num_repeats": 2, "tasks": [made]}}]}
+    check_job(job, {})
+    shrink = {"task": "get_targets_from_dataset", "inputs": {"dataset": "$output.make_tiny.dataset"}}
+    with pytest.raises(ConfigError, match="no task before it is named 'make_tiny'"):
+        check_job({"tasks": [*job["tasks"], shrink]}, {})
+    space = [{"name": "REPEAT_TASKS_INDEX", "candidates": [4, 8]}]
+    grid = {"search_space": space, "tasks": [made, shrink], "metrics_output_name": "get_targets_from_dataset.targets"}
+    after = {**shrink, "name": "again"}
+    check_job({"tasks": [{"task": "search_grid_sequential", "config": grid}, after]}, {})
+    with pytest.raises(ConfigError, match="no task before it is named 'make_tiny'"):
+        check_job({"tasks": [{"task": "run_parallel", "config": {"tasks": [{"task": "make_tiny"}, shrink]}}]}, {})
+
+
+def test_an_unknown_key_of_a_job_is_told_as_irisml_ignores_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    iris_hf.irisml.install()
+    check_job({**tiny_job(tmp_path), "on_errors": []}, {})
+    assert "Unknown key of the job 'on_errors'. Did you mean 'on_error'" in caplog.text
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import inspect
+import os
 import pickle
 import sys
 from typing import Any, Literal, Union, get_args, get_origin
@@ -13,8 +14,12 @@ from tiny import Net
 
 import iris_hf.irisml
 from iris_hf.errors import ConfigError
-from iris_hf.irisml.task_classes import config_values, task_class
+from iris_hf.irisml import ranks
+from iris_hf.irisml.check import check_job
+from iris_hf.irisml.field_types import TrueOrFalse
+from iris_hf.irisml.task_classes import config_fields, config_values, task_class
 from iris_hf.tasks import TASKS
+from iris_hf.training.checkpoint import Preempted
 
 LR_SCHEDULER = (
     "name warmup_epochs warmup_iters warmup_lr warmup_factor warmup_end_factor min_lr end_factor decay_milestones "
@@ -27,7 +32,7 @@ TRAIN_CONFIG = {
     "device": Literal["cpu", "cuda"],
     "accumulate_grad_batches": int,
     "momentum": float,
-    "nesterov": bool,
+    "nesterov": TrueOrFalse,
     "val_check_interval": float,
     "val_check_interval_epoch": int,
     "val_batch_size": int,
@@ -39,7 +44,7 @@ TRAIN_CONFIG = {
     "lr_scale_param_names": list[tuple[str, float]],
     "plugins": list[str],
     "random_seed": int,
-    "ddp_find_unused_parameters": bool,
+    "ddp_find_unused_parameters": TrueOrFalse,
 }
 PREDICT_CONFIG = {
     name: TRAIN_CONFIG[name] for name in ("batch_size", "device", "num_processes", "num_dataloader_workers", "plugins")
@@ -60,17 +65,17 @@ ORIGINAL: dict[str, tuple[str, dict[str, Any], str]] = {
         {"image_feature_dim": int, "text_feature_dim": int, "projection_dim": int},
         "model",
     ),
-    "split_image_text_model": ("model", {"append_normalizer": bool}, "image_model text_model logit_scale"),
+    "split_image_text_model": ("model", {"append_normalizer": TrueOrFalse}, "image_model text_model logit_scale"),
     "build_zero_shot_classifier": ("text_features text_classes logit_scale", {"num_classes": int}, "classifier"),
     "get_targets_from_dataset": ("dataset", {}, "targets"),
     "get_subclass_dataset": ("dataset class_names", {"class_ids": list[int]}, "dataset class_names num_classes"),
-    "sample_few_shot_dataset": ("dataset", {"n_shot": int, "random_seed": int, "strict": bool}, "dataset"),
+    "sample_few_shot_dataset": ("dataset", {"n_shot": int, "random_seed": int, "strict": TrueOrFalse}, "dataset"),
     "make_oversampled_dataset": (
         "dataset",
         {
             "min_num_samples": int,
             "oversampling_rate": float,
-            "balance": bool,
+            "balance": TrueOrFalse,
             "balance_weights_max": float,
             "balance_weights_min": float,
         },
@@ -87,8 +92,8 @@ ORIGINAL: dict[str, tuple[str, dict[str, Any], str]] = {
             "batch_size": int,
             "device": Literal["cpu", "cuda"],
             "num_iterations": int,
-            "skip_training": bool,
-            "skip_prediction": bool,
+            "skip_training": TrueOrFalse,
+            "skip_prediction": TrueOrFalse,
             "plugins": list[str],
         },
         "forward_backward_time_per_iteration forward_time_per_iteration backward_time_per_iteration "
@@ -122,7 +127,7 @@ def test_a_task_has_the_fields_of_the_original(name: str) -> None:
     task = task_class(name)
     assert names(task.Inputs)[: len(inputs.split())] == inputs.split()
     assert names(task.Outputs)[: len(outputs.split())] == outputs.split()
-    types = {field.name: without_none(field.type) for field in dataclasses.fields(task.Config)}
+    types = {field.name: without_none(field.type) for field in config_fields(task)}
     assert {field: types[field] for field in config} == config
 
 
@@ -133,7 +138,7 @@ def test_irisml_takes_every_class(name: str) -> None:
 
     iris_hf.irisml.install()
     task = task_class(name)
-    values: dict[Any, Any] = {int: 1, float: 1.0, bool: False, str: "x"}
+    values: dict[Any, Any] = {int: 1, float: 1.0, TrueOrFalse: False, str: "x"}
     config = {}
     for field in dataclasses.fields(task.Config):
         kind = without_none(field.type)
@@ -175,6 +180,61 @@ def test_variables_take_the_place_of_every_kind_of_value() -> None:
     assert values["lr_scheduler"]["warmup_iters"] == 3
     assert "end_factor" not in values["lr_scheduler"]
     assert values["lr_scale_param_names"] == [("body", 0.1)]
+
+
+@pytest.mark.parametrize("given", [{"height": 64, "width": 64}, {"crop_fraction": 1.0}, {"mean": [0.1, 0.2, 0.3]}])
+def test_a_nested_field_that_a_job_leaves_out_is_not_said(given: dict[str, Any]) -> None:
+    task = task_class("create_timm_model")
+    model = task(loaded("create_timm_model", {"image_spec": given})).execute(task.Inputs("test_resnet")).model
+    assert model.image_spec == iris_hf.create_timm_model("test_resnet", image_spec=given).image_spec
+
+
+def test_a_job_of_irisml_tasks_timm_gives_its_model() -> None:
+    task = task_class("create_timm_model")
+    config = {"name": "test_resnet", "num_classes": 2, "task_type": "multilabel_classification"}
+    model = task(loaded("create_timm_model", config)).execute(task.Inputs()).model
+    expected = iris_hf.create_timm_model("test_resnet", num_classes=2, target_type="multilabel")
+    assert repr(model) == repr(expected)
+    iris_hf.irisml.install()
+    check_job({"tasks": [{"task": "create_timm_model", "config": config}]}, {})
+    with pytest.raises(ConfigError, match="Task 'create_timm_model': the input 'name' is missing"):
+        check_job({"tasks": [{"task": "create_timm_model"}]}, {})
+
+
+def test_variables_in_a_free_mapping_are_what_their_text_says() -> None:
+    from irisml.core import Context
+
+    context = Context({"SIZE": "64", "PRE_NORM": "false", "POOL": "avg"})
+    given = {"img_size": ["$env.SIZE", 32], "pre_norm": "$env.PRE_NORM", "global_pool": "$env.POOL", "text": "64"}
+    config = context.resolve(loaded("create_timm_model", {"config": given}))
+    expected = {"img_size": [64, 32], "pre_norm": False, "global_pool": "avg", "text": "64"}
+    assert config_values(TASKS["create_timm_model"], config, context)["config"] == expected
+
+
+@pytest.mark.parametrize(("text", "truth"), [("false", False), ("True", True), ("0", False)])
+def test_a_variable_for_truth_is_read_not_taken_for_true(text: str, truth: bool) -> None:
+    from irisml.core import Context
+
+    context = Context({"STRICT": text})
+    config = context.resolve(loaded("sample_few_shot_dataset", {"n_shot": 1, "strict": "$env.STRICT"}))
+    assert config.strict is truth
+
+
+@pytest.mark.parametrize(
+    ("config", "same"),
+    [
+        ({"plugins": ["ema", "log_summary"]}, True),
+        ({"plugins": ["save_best('folder')"]}, False),
+        ({"plugins": ["of_another_package"]}, False),
+        ({"resume": "auto"}, False),
+    ],
+)
+def test_the_cache_knows_trainings_that_only_compute(config: dict[str, Any], same: bool) -> None:
+    from irisml.core import Context
+
+    first, second = (loaded("train", {"num_epochs": 1, **config}) for _ in range(2))
+    assert (first == second) is same
+    assert Context({}).resolve(first) == first
 
 
 def test_a_variable_may_be_one_of_several_types() -> None:
@@ -224,8 +284,11 @@ def test_an_installed_original_is_replaced_put_back_and_lends_its_other_names(
 ) -> None:
     package = tmp_path / "irisml" / "tasks" / "train"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text("from .parts import VALUE\nclass Task: ...\n")
+    base = "import irisml.core\nclass Task(irisml.core.TaskBase):\n    def step(self): return 1\n"
+    (package / "__init__.py").write_text(f"from .parts import VALUE\nclass Helper: ...\n{base}")
     (package / "parts.py").write_text("VALUE = 5\n")
+    other = "from irisml.tasks.train import Task\nclass Task(Task):\n    def step(self): return super().step() + 1\n"
+    (package.parent / "train_more.py").write_text(other)
     monkeypatch.syspath_prepend(str(tmp_path))
     original = importlib.import_module("irisml.tasks.train")
     iris_hf.irisml.install()
@@ -233,7 +296,28 @@ def test_an_installed_original_is_replaced_put_back_and_lends_its_other_names(
     assert ours.Task is task_class("train")
     assert ours.VALUE == 5
     assert importlib.import_module("irisml.tasks.train.parts").VALUE == 5
+    assert pickle.loads(pickle.dumps(ours.Helper)) is ours.Helper is original.Helper
+    more = importlib.import_module("irisml.tasks.train_more").Task
+    assert issubclass(more, original.Task)
+    assert more(more.Config()).step() == 2
     iris_hf.irisml.uninstall()
     assert importlib.import_module("irisml.tasks.train") is original
-    for name in ("irisml.tasks.train", "irisml.tasks.train.parts"):
+    for name in ("irisml.tasks.train", "irisml.tasks.train.parts", "irisml.tasks.train_more"):
         del sys.modules[name]
+
+
+def test_a_process_that_a_task_has_started_does_not_wait_for_the_launchers_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    child = ranks._Crew(rank=0, group=None, failed=None, pid=os.getpid() + 1)
+    monkeypatch.setattr(ranks, "_LEADING", [child])
+    with pytest.raises(ConfigError, match="The task 'predict' uses all processes of the launcher, and cannot in one"):
+        ranks.call_on_all_ranks(TASKS["predict"], {})
+
+
+def test_a_preempted_job_tells_nothing_to_ranks_that_have_left() -> None:
+    def job() -> None:
+        raise Preempted
+
+    with pytest.raises(Preempted):
+        ranks._Crew(rank=0, group=None, failed=None).lead(job)  # to send anything would need a group
