@@ -212,7 +212,10 @@ WRONG = {
         (0, {"task": "branch", "config": {"condition": True, "then_tasks": [{"task": "print", "input": {}}]}}),
         r"Unknown key of then_tasks\[0\] of branch \(print\) 'input'. Did you mean 'inputs'",
     ),
-    "no variable in an input": ((1, {"inputs": {"model": "$model"}}), r"neither \$env.NAME nor \$output.task.field"),
+    "no variable in an input": (
+        (1, {"inputs": {"model": "$model"}}),
+        r"neither \$env.NAME, in upper case, nor \$output.task.field, in lower case",
+    ),
     "later task": (
         (1, {"inputs": {"model": "$output.predict.model"}}),
         r"no task before it is named 'predict'. Before it: note_down, make_tiny",
