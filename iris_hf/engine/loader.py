@@ -21,7 +21,7 @@ from iris_hf.data.collate import collate
 from iris_hf.data.targets import check_target
 from iris_hf.data.transforms import as_pair_transform
 from iris_hf.engine.accelerator import available_cores
-from iris_hf.engine.rng import EXAMPLE, ORDER, mix, preserve_generators, probe_generators, seed_generators
+from iris_hf.engine.rng import COLLATE, EXAMPLE, ORDER, mix, preserve_generators, probe_generators, seed_generators
 from iris_hf.errors import ConfigError, DataError, failure_of
 from iris_hf.types import CollateFunction, TargetType, Transform
 
@@ -188,7 +188,8 @@ class Examples(Dataset[Any]):
         An example that draws random numbers gets the global generators seeded by its key. Most data sets draw
         none, and seeding three generators per example would be a tenth of a small step. So a batch is first made
         on generators in a known state. If they are still in it, the batch is right whatever the seeds; otherwise
-        it is made again, and from then on every example is seeded.
+        it is made again, and from then on every example is seeded. (A data set that draws and puts the generators
+        back, as under `torch.random.fork_rng`, looks as if it drew none: its numbers are always the same.)
         """
         try:
             keys = self.source.keys(request)
@@ -207,7 +208,7 @@ class Examples(Dataset[Any]):
         return examples, probe_generators() != _PROBE
 
     def _make(self, keys: Sequence[Key], *, seeded: bool) -> list[tuple[Any, Any]] | Failure:
-        examples = _Made()
+        examples = _Made(keys)
         for key in keys:
             example = self._try(key, seeded=seeded)
             if isinstance(example, Failure) and self.skips:
@@ -253,23 +254,31 @@ class Examples(Dataset[Any]):
 
 
 class _Made(list[tuple[Any, Any]]):
-    """Examples, those that others stand for, and where they were read."""
+    """Examples, their keys, those that others stand for, and where they were read."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Sequence[Key]) -> None:
+        self.keys = keys
         self.skipped: dict[int | str, str] = {}
         self.place: Any = None
 
 
 class Collator:
-    """Collates a batch; lets a failure through and turns an error of the collate function into one."""
+    """Collates a batch; lets a failure through and turns an error of the collate function into one.
 
-    def __init__(self, collate_function: CollateFunction | None) -> None:
+    A function of the caller's finds the global generators seeded by the keys of the batch.
+    """
+
+    def __init__(self, collate_function: CollateFunction | None, seed: int) -> None:
         self.collate_function = collate_function or collate
+        self.seed = seed
 
     def __call__(self, examples: list[tuple[Any, Any]] | Failure) -> tuple[Any, Any] | Reported | Failure:
         """Return the batch."""
         if isinstance(examples, Failure):
             return examples
+        if examples and self.collate_function is not collate:
+            assert isinstance(examples, _Made)
+            seed_generators(mix(self.seed, COLLATE, *examples.keys[0], *examples.keys[-1]))
         try:
             batch = self.collate_function(examples) if examples else None
         except Exception as error:
@@ -422,7 +431,7 @@ def make_loader(
         examples,
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=Collator(collate_function),
+        collate_fn=Collator(collate_function, examples.seed),
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         generator=torch.Generator().manual_seed(0),

@@ -1,9 +1,10 @@
 """Randomness without history.
 
 Every random number that a run uses is drawn from generators seeded by what the number is *for*: the
-order of an epoch by `(seed, epoch)`, an example's augmentation by `(seed, epoch, example index)`, a
-model's dropout by `(seed, step, rank)`. Nothing depends on what was drawn before, so the number of
-loader workers, of processes, of restarts cannot change it, and there is no generator state to save.
+order of an epoch by `(seed, epoch)`, an example's augmentation by `(seed, epoch, example index)`, what
+mixes a batch by its first and last example, a model's dropout by `(seed, step, rank)`. Nothing depends
+on what was drawn before, so the number of loader workers, of processes, of restarts cannot change it,
+and there is no generator state to save.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-ORDER, EXAMPLE, STEP, VALIDATION, PREDICTION, READING = range(6)
+ORDER, EXAMPLE, STEP, VALIDATION, PREDICTION, READING, COLLATE = range(7)
 """What a stream of random numbers is for; streams of different purpose never coincide."""
 
 _MASK = (1 << 64) - 1

@@ -137,6 +137,35 @@ def test_examples_differ_in_their_randomness() -> None:
     assert draws == [float(examples.__getitems__([key])[0][0]) for key in keys]
 
 
+def draws(examples: list[Any]) -> Any:
+    images, labels = zip(*examples, strict=True)
+    return 0 * torch.stack(images) + torch.rand(()) + random.random(), torch.stack(labels)
+
+
+def test_what_a_collate_function_draws_depends_on_the_seed_and_the_batch_alone() -> None:
+    def shifts(seed: int, **config: Any) -> list[float]:
+        inputs = Inputs()
+        train_tiny(plugins=[inputs], collate_function=draws, random_seed=seed, num_epochs=2, **config)
+        return inputs.means
+
+    alone = shifts(0)
+    assert len(set(alone)) == 16
+    assert not set(alone) & set(shifts(1))
+    assert shifts(0, num_dataloader_workers=2) == alone
+    assert shifts(0, train_transform=noisy) == shifts(0, train_transform=noisy, num_dataloader_workers=2)
+
+
+class Inputs(iris_hf.Plugin):
+    """Notes the mean of every step's inputs."""
+
+    def __init__(self) -> None:
+        self.means: list[float] = []
+
+    def transform_batch(self, batch: Any) -> Any:
+        self.means.append(float(batch[0].mean()))
+        return batch
+
+
 def test_seeds_zero_is_one_of_them() -> None:
     zero, _ = train_tiny(random_seed=0, dropout=0.5)
     again, _ = train_tiny(random_seed=0, dropout=0.5)
