@@ -21,6 +21,7 @@ from typing import Any
 from iris_hf.engine.accelerator import Device, available_cores
 
 _CALL, _RESULT, _ERROR = "call.pickle", "result.pickle", "error-{rank}.pickle"
+_PR_SET_PDEATHSIG = 1
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 
 
@@ -50,6 +51,18 @@ def run_in_workers(
     except SignalException as ended:
         signal.raise_signal(ended.sigval)  # as if no launcher had caught it: SIGTERM kills, SIGINT is KeyboardInterrupt
         raise
+
+
+def can_travel(value: Any) -> bool:
+    """Whether a value can be sent between processes."""
+    import cloudpickle
+
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            cloudpickle.dump(value, nowhere)
+    except Exception:
+        return False
+    return True
 
 
 def _run(folder: Path, call: tuple[Any, ...], num_processes: int, device: Device | None) -> Any:
@@ -127,6 +140,7 @@ def _work(folder: Path) -> None:
     import torch
 
     rank = os.environ["RANK"]
+    _end_with_parent()
     try:
         with open(folder / _CALL, "rb") as file:
             setting = cloudpickle.load(file)
@@ -147,6 +161,14 @@ def _work(folder: Path) -> None:
             cloudpickle.dump(error, file)
         partial.rename(folder / _ERROR.format(rank=rank))
         sys.exit(error.code if isinstance(error, SystemExit) else 1)
+
+
+def _end_with_parent() -> None:
+    """Have Linux kill this process when the one that started it is gone, which SIGKILL gives no time to do it."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from iris_hf.engine.accelerator import Device, agree_on_seed, draw_seed, needs_local_workers, open_accelerator
-from iris_hf.engine.launch import run_in_workers
+from iris_hf.engine.launch import can_travel, run_in_workers
 from iris_hf.engine.loader import Examples, Source, TargetCheck, closing_workers, make_loader
 from iris_hf.engine.plans import batches_once, training_batches
 from iris_hf.engine.plugins import Plugin, PluginList, load_plugins
@@ -91,8 +91,9 @@ def train(
     a full step still make one, with the mean of their gradients. The examples of a step, their
     augmentation, and the learning-rate curve (one point per step) depend on the seed alone: 2 processes
     with batch 8 take the same steps as 1 with batch 16. (A model that draws random numbers of its own,
-    such as dropout masks, draws others on other ranks.) A train set smaller than one full step is gone through
-    several times per epoch.
+    such as dropout masks, draws others on other ranks. A loss that is no mean over examples, such as a cross-entropy
+    with weights of classes or a detector's that is divided by the number of boxes, is that of each process's part.)
+    A train set smaller than one full step is gone through several times per epoch.
 
     Processes hold the whole model each, or shards of it where the launcher chose FSDP2 (docs/launching.md); the steps
     are the same.
@@ -107,6 +108,11 @@ def train(
     decode for every reader: give them `input_columns`, or use `train_transform`.) What is drawn for an example depends
     on the seed, the pass and the example's number. Resuming reads forward to where the run was; a run that was divided
     by shards keeps that division on another number of processes too.
+
+    A data set, a transform or a collate function that draws random numbers finds the global generators of torch, numpy
+    and Python seeded for each example or batch. Generators of its own are its own affair; with them, the result may
+    depend on the loader workers, and a resumed run may differ. To the bit, a run is repeated or resumed where the
+    device computes so: on a GPU, call `torch.use_deterministic_algorithms(True)` before.
 
     BatchNorm sees its own process's part of a batch; its statistics are averaged over the processes before each
     validation and at the end. The caller's model and random generators stay as they are.
@@ -223,17 +229,12 @@ def _train(arguments: Mapping[str, Any], cache: CacheConfig | None) -> TrainResu
     start = time.perf_counter()
     config = TrainConfig.of(arguments)
     inputs = {name: arguments[name] for name in _INPUTS}
-    model: nn.Module = arguments["model"]
     if needs_local_workers(config.num_processes):
         if config.random_seed is None and config.resume is None:
             config = replace(config, random_seed=draw_seed())
-        tensors, attributes = run_in_workers(
+        trained, attributes = run_in_workers(
             _fit_for_caller, inputs, config, cache, num_processes=config.num_processes, device=config.device
         )
-        trained = copy.deepcopy(model).to("cpu").train()
-        with torch.no_grad():
-            for name, tensor in _tensors(trained).items():
-                tensor.copy_(tensors[name])
         for plugin, values in zip(_own_plugins(config), attributes, strict=True):
             vars(plugin).update(values)
     else:
@@ -246,14 +247,18 @@ _INPUTS = ("model", "train_dataset", "train_transform", "val_dataset", "val_tran
 
 def _fit_for_caller(
     inputs: Mapping[str, Any], config: TrainConfig, cache: CacheConfig | None
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Train in a worker; return the model's tensors and the attributes of the caller's plugin objects."""
-    tensors = _tensors(fit(config, cache, **inputs))
-    return {name: tensor.detach() for name, tensor in tensors.items()}, [vars(p) for p in _own_plugins(config)]
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Train in a worker; return the model, and the attributes of the caller's plugin objects that can travel."""
+    trained = fit(config, cache, **inputs)
+    return trained, [_portable(plugin) for plugin in _own_plugins(config)] if os.environ["RANK"] == "0" else []
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def _portable(plugin: Plugin) -> dict[str, Any]:
+    portable = {name: value for name, value in vars(plugin).items() if can_travel(value)}
+    if kept := vars(plugin).keys() - portable.keys():
+        names = ", ".join(sorted(kept))
+        logger.warning("%s: %s cannot be pickled after the run: as before it.", type(plugin).__name__, names)
+    return portable
 
 
 def _own_plugins(config: TrainConfig) -> list[Plugin]:

@@ -83,6 +83,21 @@ def test_a_worker_that_ends_without_a_result_is_an_error(leave: Any, error: type
         assert "In worker 0 of the local run" in raised.value.__notes__[0]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with the one that started it")
+def test_workers_do_not_outlive_a_caller_that_is_killed() -> None:
+    worker = (
+        "import time; from iris_hf.engine.launch import _end_with_parent; _end_with_parent(); "
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    caller = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
+    with subprocess.Popen([sys.executable, "-c", caller], env=environment(), stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+        workers = psutil.Process(run.pid).children()
+        run.kill()
+        assert len(psutil.wait_procs(workers, timeout=30)[0]) == 1
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "the caller"])
 def test_a_rank_that_is_killed_ends_the_others_with_an_error(launcher: str, tmp_path: Path) -> None:
     by_torchrun = launcher == "torchrun"

@@ -1,6 +1,7 @@
 """Two processes equal one: real ones, started by torchrun and by `num_processes`."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +103,35 @@ def test_workers_give_back_unsaved_buffers_and_draw_from_the_callers_generator()
     assert torch.equal(trained[0].head.weight, trained[1].head.weight)
 
 
-def test_workers_take_functions_and_classes_of_the_caller() -> None:
+def test_workers_take_functions_and_classes_of_the_caller_and_give_back_what_a_plugin_added(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     class Local(Net):
         def training_step(self, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"loss": self.criterion(self(inputs), targets)}
 
-    result = iris_hf.train(
-        Local(), Tensors(16), lambda image: image * 2, num_epochs=1, batch_size=4, num_processes=2, random_seed=0
-    )
-    assert type(result.model) is Local
+    class Adapts(iris_hf.Plugin):
+        lock: Any = None
+        steps = 0
+
+        def transform_model(self, model: torch.nn.Module) -> torch.nn.Module:
+            model.requires_grad_(False)
+            model.head = torch.nn.Sequential(model.head, torch.nn.Linear(2, 2))
+            return model
+
+        def on_step_end(self, state: iris_hf.TrainState) -> None:
+            self.steps, self.lock = state.step, threading.Lock()
+
+    adapts = Adapts()
+    settings = {"num_epochs": 1, "base_lr": 0.1, "random_seed": 0, "plugins": [adapts]}
+    model, _ = iris_hf.train(Local(), Tensors(16), lambda image: image * 2, batch_size=4, num_processes=2, **settings)
+    alone, _ = iris_hf.train(Local(), Tensors(16), lambda image: image * 2, batch_size=8, **settings)
+    assert type(model) is Local
+    assert model.state_dict().keys() == alone.state_dict().keys()
+    for one, two in zip(alone.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    assert adapts.steps == 2
+    assert "Adapts: lock cannot be pickled after the run" in capfd.readouterr().err
 
 
 def test_an_error_in_a_worker_comes_back_as_it_was() -> None:
