@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -9,6 +10,8 @@ from torch.utils.data import Dataset
 
 from iris_hf.errors import ConfigError, DataError, unknown_name
 from iris_hf.types import TargetType
+
+logger = logging.getLogger(__name__)
 
 GeneratorName = Literal["clip_imagenet", "clip_imagenet_short", "template"]
 
@@ -22,23 +25,23 @@ def create_classification_prompt_generator(
         name: ``"clip_imagenet"`` for the 80 templates of CLIP (arXiv 2103.00020) for ImageNet,
             ``"clip_imagenet_short"`` for the 7 that its authors chose among them, ``"template"`` for one of your own.
         template: Your own, which has to contain ``{}``, where the class name goes. None stands for ``"{}"``, the name
-            alone.
+            alone, and so does an empty one. With another name it has no effect, and a warning says so.
 
     Returns:
         A picklable function: class name -> list of prompts.
 
     Raises:
-        ConfigError: If the name is unknown, the template has no ``{}``, or would not be used.
+        ConfigError: If the name is unknown, or the template has no ``{}``.
     """
     if name not in get_args(GeneratorName):
         raise unknown_name("prompt generator", name, get_args(GeneratorName))
     if name == "template":
-        template = "{}" if template is None else template
+        template = template or "{}"
         if "{}" not in template:
             raise ConfigError(f"The template {template!r} must contain {{}}, where the class name goes.")
         return PromptGenerator((template,))
-    if template is not None:
-        raise ConfigError(f"template={template!r} has no effect with name={name!r}. Give name='template'.")
+    if template:
+        logger.warning("template=%r has no effect with name=%r. Give name='template'.", template, name)
     import open_clip
 
     short = name == "clip_imagenet_short"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils.data
 from torch import Tensor
@@ -41,8 +42,8 @@ def get_targets_from_dataset(dataset: Any) -> Any:
     if isinstance(first, Tensor):
         same = all(isinstance(target, Tensor) and target.shape == first.shape for target in targets)
         return torch.stack(targets) if same else targets
-    if all(isinstance(target, int) for target in targets):
-        return torch.tensor(targets)
+    if all(isinstance(target, (int, np.integer)) for target in targets):
+        return torch.tensor([int(target) for target in targets])
     return targets
 
 

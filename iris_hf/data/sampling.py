@@ -54,7 +54,7 @@ def sample_few_shot_dataset(
     if strict:
         _check_enough(counts, n_shot, examples)
     order = list(range(len(classes)))
-    random.Random(random_seed).shuffle(order)
+    random.Random(int(random_seed)).shuffle(order)
     missing = {index: min(n_shot, count) for index, count in counts.items()}
     chosen = []
     for example in order:
@@ -178,7 +178,7 @@ def _count_examples(classes: list[list[int]]) -> Counter[int]:
 
 
 def _check_count(name: str, value: int, at_least: int) -> None:
-    if not isinstance(value, int) or value < at_least:
+    if not isinstance(value, (int, np.integer)) or value < at_least:
         raise ConfigError(f"{name} must be an integer, at least {at_least}, got {value!r}.")
 
 

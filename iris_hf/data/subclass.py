@@ -58,6 +58,7 @@ def get_subclass_dataset(
     """
     examples = open_examples(dataset)
     _check_class_ids(class_ids, class_names, getattr(examples, "num_classes", None))
+    class_ids = [int(index) for index in class_ids]
     wanted = set(class_ids)
     classes = get_classes_from_dataset(examples)
     held = set(chain.from_iterable(classes))
@@ -161,7 +162,7 @@ def _check_class_ids(class_ids: Any, class_names: Any, num_classes: int | None) 
     if not isinstance(class_ids, (list, tuple)) or not class_ids:
         raise ConfigError(f"class_ids must be a list of at least one class id, got {class_ids!r}.")
     for position, index in enumerate(class_ids):
-        if not isinstance(index, int) or not 0 <= index < len(class_names):
+        if not isinstance(index, (int, np.integer)) or not 0 <= index < len(class_names):
             raise ConfigError(
                 f"class_ids[{position}] is {index!r}, but class_names has the ids 0 to {len(class_names) - 1}."
             )

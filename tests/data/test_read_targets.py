@@ -1,4 +1,5 @@
 import datasets
+import numpy as np
 import pytest
 import torch
 from data_examples import CLASS_NAMES, assert_same_target, hf_arguments, make_examples, make_target
@@ -118,6 +119,7 @@ def test_classes_column_out_of_range_is_named():
     ("targets", "shape"),
     [
         ([1, 2, 0], (3,)),
+        ([np.int64(1), np.int32(2)], (2,)),
         ([torch.tensor(1), torch.tensor(2)], (2,)),
         ([torch.tensor([1]), torch.tensor([2])], (2, 1)),
         ([torch.tensor([1, 0]), torch.tensor([0, 0])], (2, 2)),

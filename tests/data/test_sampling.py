@@ -58,7 +58,7 @@ def test_few_shot_has_enough_of_each_class_and_nothing_needless(kind, seed):
 
 def test_few_shot_reads_no_image_and_is_the_same_for_every_kind_of_data_set(kind):
     targets = make_targets(kind)
-    expected = rows_of(sample_few_shot_dataset(WithTargets(targets), n_shot=2, random_seed=3))
+    expected = rows_of(sample_few_shot_dataset(WithTargets(targets), n_shot=np.int64(2), random_seed=np.int64(3)))
     hf = make_hf(kind, targets)
     with pytest.raises(DataError):
         hf[0]

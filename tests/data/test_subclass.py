@@ -103,7 +103,7 @@ def test_remapped_targets_say_the_same_by_name(kind, class_ids):
 def test_remapped_hugging_face_data_sets_are_right_wherever_they_go(kind, tmp_path):
     targets = make_targets(kind)
     hf = make_hf(kind, targets, broken=False)
-    arguments = {"class_ids": [2, 0], "remap_class_ids": True}
+    arguments = {"class_ids": [np.int64(2), np.int32(0)], "remap_class_ids": True}
     result = get_subclass_dataset(hf, CLASS_NAMES, **arguments).dataset
     rows = expected_rows(kind, targets, [2, 0])
     assert list(result.hf_dataset["row"]) == rows
