@@ -117,7 +117,8 @@ Stepper = Trainable | Cacheable
 
 
 def mean_of(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the mean of every scalar over the micro-batches of a step."""
+    """Return the mean of every scalar over the micro-batches of a step that have it."""
     if len(results) == 1:
         return results[0]
-    return {k: torch.stack([result[k] for result in results]).mean() for k in results[0]}
+    names = dict.fromkeys(name for result in results for name in result)
+    return {name: torch.stack([result[name] for result in results if name in result]).mean() for name in names}

@@ -130,7 +130,8 @@ class TrainingRun:
                         self.validate()
                     is_validated = True
                 if state.stop_reason:
-                    logger.info("Stopped after step %d: %s", state.step, state.stop_reason)
+                    if state.is_main_process:
+                        logger.warning("Stopped after step %d: %s", state.step, state.stop_reason)
                 else:
                     state.epoch += 1
                 stopped = state.stop_reason is not None
@@ -349,6 +350,7 @@ class TrainingRun:
         self.plugins.notify("on_validation_start", state)
         loss_sum, count = torch.zeros((), device=accelerator.device), 0
         for examples, batch in self.val_batches.walk(self.val_loader):
+            state.val_position = examples.start
             inputs, targets = self.take(batch)
             seed_generators(mix(self.seed, VALIDATION, state.epoch, examples.start), accelerator.device)
             with self.noted():
@@ -362,7 +364,14 @@ class TrainingRun:
         if not sum(counts):
             raise DataError("val_dataset is empty.")
         state.val_loss = sum(losses) / sum(counts)
-        state.val_metrics = {k: v for hook in self.plugins.hooks("validation_metrics") for k, v in hook(state).items()}
+        state.val_metrics = {}
+        for measure in self.plugins.hooks("validation_metrics"):
+            measured = measure(state)
+            if clash := sorted(measured.keys() & {*state.val_metrics, "val_loss"}):
+                raise ConfigError(
+                    f"Two plugins measure {', '.join(clash)} in a validation. Leave out one, or rename it."
+                )
+            state.val_metrics.update(measured)
         module.train(was_training)
         self.plugins.notify("on_validation_end", state)
         state.model = self.module.model

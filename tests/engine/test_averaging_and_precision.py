@@ -1,6 +1,7 @@
 """ema, amp and clip_grad_norm: equal to what they say written out by hand, in any order and with each other."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,9 +87,35 @@ def test_the_average_is_validated_and_training_goes_on_with_the_weights() -> Non
             assert float(model.criterion(model(data.images), data.labels)) == pytest.approx(averaged.val_losses[epoch])
 
 
-def test_a_run_shorter_than_the_skipped_steps_keeps_its_weights() -> None:
+def test_a_run_shorter_than_the_skipped_steps_keeps_its_weights_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     plain, averaged = train_tiny()[0], train_tiny(plugins=["ema"])[0]
     assert all(torch.equal(averaged[name], weight) for name, weight in plain.items())
+    assert "nothing is averaged. The run has 24 steps, and the first num_skip_iterations=100 are left" in caplog.text
+
+
+class Masked(Net):
+    """A mask as attention has it, among buffers that are averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1), persistent=False)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.norm(images)) @ self.mask.softmax(-1)
+
+
+def test_a_mask_with_infinities_is_left_out_of_the_average(tmp_path: Path) -> None:
+    snapshots = Snapshots()
+    kept = {**SETTINGS, "checkpoint_dir": tmp_path, "plugins": ["ema(0.9, 0)", snapshots]}
+    model = iris_hf.train(Masked(), Tensors(), None, Tensors(8), **kept).model
+    assert torch.equal(model.mask, Masked().mask)
+    trained = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, expected in by_hand(snapshots, decay=0.9, skip=0).items():
+        if name != "mask":
+            torch.testing.assert_close(trained[name], expected, rtol=1e-6, atol=1e-6)
+    resumed = iris_hf.train(Masked(), Tensors(), None, Tensors(8), **kept, resume=tmp_path / "step-00000008").model
+    assert all(torch.equal(weight, trained[name]) for name, weight in resumed.state_dict().items())
 
 
 def test_frozen_parameters_take_no_memory_for_an_average() -> None:
@@ -183,6 +210,8 @@ def test_amp_predicts_in_bfloat16_and_returns_floats() -> None:
         (["amp('fp16')"], "mixed precision fp16 needs a GPU. Use bf16 on a CPU"),
         (["amp('fp8')"], "Unknown amp dtype 'fp8'. Known: bf16, fp16"),
         (["amp('bf16')", "amp"], "Two plugins contradict each other: mixed_precision='bf16' and 'auto'"),
+        (["ema(0.9)", "ema"], "plugins name EMA 2 times, the model's own included. Leave one"),
+        (["ema(0.99, '50')"], r"'<' not supported.*Its arguments: ema\(decay"),
         (["ema(1.0)"], r"ema: decay must be in \[0, 1\), got 1.0"),
         (["ema(num_skip_iterations=-1)"], "ema: num_skip_iterations must not be negative, got -1"),
         (["ema(momentum=0.9)"], r"unexpected keyword argument 'momentum'. Its arguments: ema\(decay"),

@@ -1,6 +1,7 @@
 """The plugin `heartbeat` under real runs."""
 
 import logging
+from pathlib import Path
 
 import pytest
 from tiny import Net, Tensors, train_tiny
@@ -18,6 +19,16 @@ def test_heartbeat_logs_steps_and_batches_at_its_interval(caplog: pytest.LogCapt
         caplog.clear()
         train_tiny(num_epochs=1, plugins=["heartbeat"])
         assert not caplog.messages
+
+
+def test_heartbeat_and_profile_write_where_nobody_listens_to_the_logger(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    train_tiny(num_epochs=1, plugins=["heartbeat(0)", f"profile(1, {str(tmp_path)!r})"])
+    out, err = capsys.readouterr()
+    assert "Step 8 of 8 is done" in err
+    assert "aten::addmm" in err
+    assert not out
 
 
 def test_a_negative_interval_is_an_error() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from launching import EXAMPLES, number, run_python
 from tiny import Net, Tensors
 
@@ -165,7 +166,29 @@ def test_log_summary_gives_the_mean_loss_of_an_epoch(caplog: pytest.LogCaptureFi
 
 def test_log_summary_prints_where_nobody_listens_to_the_logger(capsys: pytest.CaptureFixture[str]) -> None:
     iris_hf.train(Net(), Tensors(8), None, num_epochs=1, plugins=["log_summary"])
-    assert "epoch 1/1: loss " in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "epoch 1/1: loss " in err
+    assert not out
+
+
+class Sometimes(Net):
+    """Measures something in every fourth micro-batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def training_step(self, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        aux = {} if self.calls % 4 else {"aux": torch.tensor(10.0)}
+        return {"loss": self.criterion(self(inputs), targets), **aux}
+
+
+def test_the_mean_of_what_some_steps_measure_is_over_those_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"num_epochs": 1, "batch_size": 4, "num_dataloader_workers": 0, "plugins": ["log_summary"]}
+    for accumulate in (1, 2):
+        iris_hf.train(Sometimes(), Tensors(64), None, accumulate_grad_batches=accumulate, **settings)
+        assert ", aux 10.0000, " in capsys.readouterr().err
 
 
 CODE = (

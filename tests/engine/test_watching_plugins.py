@@ -46,12 +46,12 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("plugin", "values", "epochs"),
     [
-        ("early_stopping(2, metric='score')", [5, 4, 4, 4, 1], 4),
-        ("early_stopping(2, metric='score')", [5, 6, 4, 6, 6], 5),
-        ("early_stopping(2, 0.5, 'score')", [5, 4.6, 4.5, 1, 1], 3),
+        ("early_stopping(2, metric='score', mode='min')", [5, 4, 4, 4, 1], 4),
+        ("early_stopping(2, metric='score', mode='min')", [5, 6, 4, 6, 6], 5),
+        ("early_stopping(2, 0.5, 'score', 'min')", [5, 4.6, 4.5, 1, 1], 3),
         ("early_stopping(1, metric='score', mode='max')", [1, 2, 3, 0, 9], 4),
-        ("early_stopping(2, metric='score')", [NAN, 3, NAN, NAN, 1], 4),
-        ("early_stopping(metric='score')", [1, 1, 1, 1, 1], 4),
+        ("early_stopping(2, metric='score', mode='min')", [NAN, 3, NAN, NAN, 1], 4),
+        ("early_stopping(metric='score', mode='min')", [1, 1, 1, 1, 1], 4),
     ],
 )
 def test_early_stopping_ends_after_patience_validations_without_improvement(
@@ -102,7 +102,31 @@ def test_a_loss_that_is_nan_ends_the_run_with_the_weights_before_it() -> None:
         assert recorder.steps == [1, 2, 3, 4, 5]
         assert all(torch.equal(weight, keeps.weights[name]) for name, weight in weights.items())
     assert breaks.reason is not None
-    assert breaks.reason.startswith("the loss of step 5 is not finite. Its gradients were not used.")
+    assert breaks.reason.startswith("the loss or a gradient of step 5 is not finite. The step was left out.")
+
+
+class BreaksGradients(iris_hf.Plugin):
+    """Makes one gradient of a step infinite; the loss stays."""
+
+    def on_gradients_ready(self, state: iris_hf.TrainState) -> None:
+        if state.step == 4:
+            state.model.head.bias.grad[0] = torch.inf
+
+
+@pytest.mark.parametrize("breaks", [Breaks(9, 10), BreaksGradients()], ids=["loss", "gradient"])
+def test_statistics_and_weights_are_those_before_a_broken_step_and_the_stop_is_said(
+    breaks: iris_hf.Plugin, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Keeps(iris_hf.Plugin):
+        def on_step_end(self, state: iris_hf.TrainState) -> None:
+            if state.step == 4:
+                self.state = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+
+    keeps = Keeps()
+    settings = {**SETTINGS, "accumulate_grad_batches": 2, "plugins": [breaks, "stop_if_loss_is_nan", keeps]}
+    model = iris_hf.train(NormNet(), Tensors(), None, Tensors(8), **settings).model
+    assert all(torch.equal(tensor, keeps.state[name]) for name, tensor in model.state_dict().items())
+    assert "Stopped after step 5: the loss or a gradient of step 5 is not finite" in caplog.text
 
 
 def test_patience_leaves_out_single_steps_and_ends_at_a_row_of_them() -> None:
@@ -120,7 +144,7 @@ def classifier() -> nn.Module:
 @pytest.mark.parametrize("ema_first", [True, False])
 def test_save_best_keeps_the_validated_weights_of_the_best_epoch(tmp_path: Path, ema_first: bool) -> None:
     says, folder = Says(3, 1, 2), tmp_path / "models" / "best"
-    plugins = [says, f"save_best({str(folder)!r}, 'score')"]
+    plugins = [says, f"save_best({str(folder)!r}, 'score', 'min')"]
     plugins = ["ema(0.9, 2)", *plugins] if ema_first else [*plugins, "ema(0.9, 2)"]
     settings = {**SETTINGS, "num_epochs": 3, "plugins": plugins}
     iris_hf.train(classifier(), Tensors(), None, Tensors(8), **settings)
@@ -245,6 +269,23 @@ def test_a_profile_shows_the_operations_of_training_and_prediction(
     assert "aten::addmm" in caplog.text
 
 
+def test_specifications_of_irisml_say_the_same_here() -> None:
+    from iris_hf.engine.plugins.registry import make_plugin
+
+    same = [
+        ("mixup('classification_multiclass', 0.2, 2)", "mixup(0.2, 2)"),
+        ("compile('eager', 'fp32')", "compile('eager')"),
+        ("freeze_modules('')", "nop"),
+        ("ddp", "nop"),
+        ("call_dataset_set_epoch", "nop"),
+    ]
+    for theirs, ours in same:
+        if ours != "nop":
+            assert vars(make_plugin(theirs)) == vars(make_plugin(ours))
+        weights = [train_tiny(plugins=[name], num_epochs=1)[0] for name in (theirs, ours)]
+        assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+
+
 def mixed(plugin: Mixup, batch: Any) -> Any:
     plugin.transform_model(Net())
     torch.manual_seed(3)
@@ -320,9 +361,25 @@ VALIDATED = {"val_dataset": Tensors(8)}
         (["early_stopping(0)"], {}, "patience must be at least 1, got 0"),
         (["early_stopping(1, -1)"], {}, "min_delta must not be negative, got -1"),
         (["early_stopping(mode='least')"], {}, "Unknown mode 'least'. Known: max, min"),
-        (["early_stopping(metric='acuracy')", "val_metrics('accuracy')"], VALIDATED, "Did you mean 'accuracy'"),
-        (["early_stopping(metric='f1')"], VALIDATED, "Known: val_loss. The plugin val_metrics measures more"),
+        (
+            ["early_stopping(metric='acuracy', mode='max')", "val_metrics('accuracy')"],
+            VALIDATED,
+            "Did you mean 'accuracy'",
+        ),
+        (
+            ["early_stopping(metric='accuracy')"],
+            {},
+            "Is more of 'accuracy' better, or less. Say mode='max' or mode='min'",
+        ),
+        (["save_best('best', 'accuracy')"], {}, "Is more of 'accuracy' better"),
+        (
+            ["early_stopping(metric='f1', mode='max')"],
+            VALIDATED,
+            "Known: val_loss. The plugin val_metrics measures more",
+        ),
         (["val_metrics(['accuracy', 'accuracy'])"], VALIDATED, "two metrics have the name accuracy"),
+        (["val_metrics('acuracy')"], {}, "Unknown metric 'acuracy'. Did you mean 'accuracy'"),
+        ([Says(1), Says(2)], VALIDATED, "Two plugins measure score in a validation. Leave out one"),
         (["stop_if_loss_is_nan(0)"], {}, "patience must be at least 1, got 0"),
         (["freeze_modules('tail')"], {}, "no module's name contains 'tail'. Modules: body, body.0"),
         (["freeze_modules('(')"], {}, r"freeze_modules: '\(' is no regular expression"),
@@ -335,7 +392,7 @@ VALIDATED = {"val_dataset": Tensors(8)}
         (["mixup(num_classes=0)"], {}, "num_classes must be at least 1, got 0"),
     ],
 )
-def test_what_cannot_work_is_said(plugins: list[str], options: dict[str, Any], message: str) -> None:
+def test_what_cannot_work_is_said(plugins: list[Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(iris_hf.ConfigError, match=message):
         iris_hf.train(Net(), Tensors(8), None, **options, **{**SETTINGS, "num_epochs": 1, "plugins": plugins})
 

@@ -12,6 +12,31 @@ from streams import Interrupt, Interruption, load, to_noisy_tensor, to_tensor, t
 from tiny import Net
 
 import iris_hf
+from iris_hf.engine.plugins.val_metrics import ValMetrics
+
+
+class InOrder:
+    """A metric that depends on the order of the examples."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def add_batch(self, predictions: torch.Tensor, references: torch.Tensor) -> None:
+        self.seen += predictions[:, 0].tolist()
+
+    def compute(self) -> dict[str, float]:
+        seen, self.seen = self.seen, []
+        return {"in_order": sum(position * value for position, value in enumerate(seen))}
+
+
+class Measured(iris_hf.Plugin):
+    """Keeps what validations measured."""
+
+    def __init__(self) -> None:
+        self.val_metrics: list[dict[str, float]] = []
+
+    def on_validation_end(self, state: iris_hf.TrainState) -> None:
+        self.val_metrics.append(state.val_metrics)
 
 
 def run(shards: str, buffer_size: int = 0, val: str | None = None, noisy: bool = False, **config: Any) -> Any:
@@ -21,6 +46,9 @@ def run(shards: str, buffer_size: int = 0, val: str | None = None, noisy: bool =
         config["val_dataset"] = iris_hf.from_hf(load(val))
     if (interrupted := config.pop("interrupted_at", None)) is not None:
         config["plugins"] = [Interrupt(interrupted)]
+    measured = Measured()
+    if val is not None:
+        config["plugins"] = [ValMetrics(InOrder()), measured]
     try:
         weights, recorder = train_stream(iris_hf.from_hf(load(shards, buffer_size)), **config)
     except Interruption:
@@ -30,7 +58,7 @@ def run(shards: str, buffer_size: int = 0, val: str | None = None, noisy: bool =
             shutil.copytree(config["checkpoint_dir"], config["checkpoint_dir"] + "-copy")
         state.wait_for_everyone()
         return None
-    return {"weights": weights, **vars(recorder)}
+    return {"weights": weights, **vars(recorder), **vars(measured)}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from launching import run_ranks
+from stream_rank import InOrder, Measured
 from streams import (
     CONSTANT,
     Interrupt,
@@ -23,6 +24,7 @@ from streams import (
 from tiny import Net, Tensors
 
 import iris_hf
+from iris_hf.engine.plugins.val_metrics import ValMetrics
 
 
 class OnTwo:
@@ -67,12 +69,16 @@ def on_two(
 
 def test_two_processes_take_the_same_steps_as_one(on_two: OnTwo, shards: Path, val_shards: Path) -> None:
     two = on_two.results["odd"]
+    measured = Measured()
     weights, recorder = train_stream(
         iris_hf.from_hf(load(shards, 6)),
         train_transform=to_noisy_tensor,
         val_dataset=iris_hf.from_hf(load(val_shards)),
         val_batch_size=3,
+        plugins=[ValMetrics(InOrder()), measured],
     )
+    for validation, on_one in zip(two["val_metrics"], measured.val_metrics, strict=True):
+        assert validation == pytest.approx(on_one, rel=1e-5)
     assert two["losses"] == pytest.approx(recorder.losses, rel=1e-5)
     assert two["val_losses"] == pytest.approx(recorder.val_losses, rel=1e-5)
     assert two["learning_rates"] == recorder.learning_rates

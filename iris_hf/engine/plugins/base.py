@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -53,6 +53,7 @@ class TrainState(RunState):
         val_loss: Mean loss per validation example after the last validation, the same on every rank;
             None before the first.
         val_metrics: What plugins measured in the last validation, the same on every rank; empty before the first.
+        val_position: Of the first example of the validation batch at hand, in the order of the validation set.
         stop_reason: Why the run ends early; None while it goes on.
         config: The arguments of training that are no inputs.
         class_names: Of the model or a data set; None where neither names classes.
@@ -68,6 +69,7 @@ class TrainState(RunState):
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
     val_loss: float | None = None
     val_metrics: dict[str, float] = field(default_factory=dict)
+    val_position: int = 0
     stop_reason: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     class_names: Sequence[str] | None = None
@@ -116,7 +118,12 @@ class Plugin:
 
     Hooks named `on_*` watch and return nothing. A plugin that keeps something between steps gives it to
     checkpoints by `state_dict` and takes it back by `load_state_dict`.
+
+    Attributes:
+        comes_once: Whether a second one in the same run is an error.
     """
+
+    comes_once: ClassVar[bool] = False
 
     def accelerator_options(self) -> dict[str, Any]:
         """Return arguments for `accelerate.Accelerator`, such as `{"mixed_precision": "bf16"}`.

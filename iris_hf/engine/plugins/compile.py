@@ -19,6 +19,8 @@ class Compile(Plugin):
         mode: `default`, `reduce-overhead`, `max-autotune` and so on, for the backend `inductor`.
     """
 
+    comes_once = True
+
     def __init__(self, backend: str = "inductor", mode: str | None = None) -> None:
         import torch._inductor
 

@@ -16,7 +16,7 @@ class EarlyStopping(Plugin):
         patience: That many validations in a row without improvement end the run.
         min_delta: By how much a value has to be better to count as an improvement.
         metric: `val_loss`, or what the plugin val_metrics measures.
-        mode: Whether `min` or `max` is better.
+        mode: Whether `min` or `max` is better; needed for anything but `val_loss`.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class EarlyStopping(Plugin):
         patience: int = 3,
         min_delta: float = 0.0,
         metric: str = "val_loss",
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["min", "max"] | None = None,
     ) -> None:
         if patience < 1:
             raise ConfigError(f"early_stopping: patience must be at least 1, got {patience}.")

@@ -17,12 +17,13 @@ class FreezeModules(Plugin):
     The trained model comes back as trainable as it was.
 
     Attributes:
-        patterns: Regular expressions, found anywhere in a module's dotted name. One string is one pattern.
+        patterns: Regular expressions, found anywhere in a module's dotted name. One string is one pattern, and an
+            empty one freezes nothing.
     """
 
     def __init__(self, patterns: str | Sequence[str]) -> None:
-        self.patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-        if not self.patterns or not all(self.patterns):
+        self.patterns = ([patterns] if patterns else []) if isinstance(patterns, str) else list(patterns)
+        if patterns != "" and (not self.patterns or not all(self.patterns)):
             raise ConfigError("freeze_modules: give a pattern, such as 'encoder'.")
         for pattern in self.patterns:
             try:

@@ -6,6 +6,7 @@ import logging
 import time
 
 from iris_hf.engine.plugins.base import Plugin, PredictState, TrainState
+from iris_hf.engine.plugins.telling import tell
 from iris_hf.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -13,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 class Heartbeat(Plugin):
     """Logs how far a run is, at most once in an interval, on the main process.
+
+    The lines go to the logger `iris_hf` at level INFO, or to stderr where nobody listens to that.
 
     Attributes:
         interval_in_minutes: The interval, from the start of the run.
@@ -31,7 +34,7 @@ class Heartbeat(Plugin):
     def on_step_end(self, state: TrainState) -> None:
         """Log the step and the loss."""
         if self._is_due(state.is_main_process):
-            logger.info("Step %d of %d is done, loss %.4g.", state.step, state.num_steps, float(state.loss))
+            tell(logger, f"Step {state.step} of {state.num_steps} is done, loss {float(state.loss):.4g}.")
 
     def on_prediction_start(self, state: PredictState) -> None:
         """Start the clock."""
@@ -41,7 +44,7 @@ class Heartbeat(Plugin):
         """Log the batch."""
         if self._is_due(state.is_main_process):
             of_all = "" if state.num_batches is None else f" of {state.num_batches}"
-            logger.info("Batch %d%s is predicted.", state.batch, of_all)
+            tell(logger, f"Batch {state.batch}{of_all} is predicted.")
 
     def _is_due(self, is_main_process: bool) -> bool:
         now = time.monotonic()

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from iris_hf.engine.plugins.base import Plugin, TrainState
 from iris_hf.engine.plugins.step_means import StepMeans
+from iris_hf.engine.plugins.telling import tell
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ class LogSummary(Plugin):
 
     What else the model measures in a step (a temperature, a recall inside the batch) stands beside the loss. The lines
     go to the logger `iris_hf` at level INFO, or to stderr where nobody listens to that. Values are summed on the
-    device and read once an epoch; the means are over the steps of all ranks.
+    device and read once an epoch; the means are over the steps of all ranks that measured them.
     """
 
     def __init__(self) -> None:
@@ -71,12 +71,8 @@ class LogSummary(Plugin):
 
     @staticmethod
     def _log(state: TrainState, line: str) -> None:
-        if not state.is_main_process:
-            return
-        if logger.isEnabledFor(logging.INFO):
-            logger.info(line)
-        else:
-            tqdm.write(line)
+        if state.is_main_process:
+            tell(logger, line)
 
 
 def _listed(values: Mapping[str, float | None]) -> str:

@@ -24,12 +24,15 @@ class Best:
 
     Attributes:
         metric: `val_loss` or a name in `state.val_metrics`.
-        mode: Whether `min` or `max` is better.
+        mode: Whether `min` or `max` is better. None: `min` for `val_loss`; anything else has to say it.
         min_delta: By how much a value has to be better to count.
         value: The best one; None before the first.
     """
 
-    def __init__(self, metric: str, mode: Literal["min", "max"], min_delta: float = 0.0) -> None:
+    def __init__(self, metric: str, mode: Literal["min", "max"] | None, min_delta: float = 0.0) -> None:
+        if mode is None and metric != "val_loss":
+            raise ConfigError(f"Is more of {metric!r} better, or less? Say mode='max' or mode='min'.")
+        mode = mode or "min"
         if mode not in ("min", "max"):
             raise unknown_name("mode", mode, ("min", "max"))
         if not min_delta >= 0:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from iris_hf.engine.plugins.base import Plugin, PredictState, RunState, TrainState
+from iris_hf.engine.plugins.telling import tell
 from iris_hf.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -19,8 +20,8 @@ class Profile(Plugin):
     """Records some steps with torch.profiler, after a first one that warms up.
 
     Every process writes `<folder>/train-rank<r>.json` or `predict-rank<r>.json`, which https://ui.perfetto.dev and
-    chrome://tracing show; the most expensive operations are logged at level INFO. Fewer steps than asked for are
-    recorded where a run has fewer.
+    chrome://tracing show. The most expensive operations are logged at level INFO, or written to stderr where nobody
+    listens to that. Fewer steps than asked for are recorded where a run has fewer.
 
     Attributes:
         num_steps: Steps, or batches in prediction, to record.
@@ -64,7 +65,7 @@ class Profile(Plugin):
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
         order = "self_cuda_time_total" if self._on_gpu else "self_cpu_time_total"
-        logger.info("Profile in %s\n%s", path, profiler.key_averages().table(sort_by=order, row_limit=_NUM_ROWS))
+        tell(logger, f"Profile in {path}\n{profiler.key_averages().table(sort_by=order, row_limit=_NUM_ROWS)}")
 
     def _prepare(self, state: RunState, what: str) -> None:
         self._name = f"{what}-rank{state.accelerator.process_index}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -35,6 +36,11 @@ BUILT_IN = {
 }
 """Name -> `module:class` of the plugins of this library."""
 
+NOTHING_TO_DO = ("call_dataset_set_epoch", "ddp", "nop")
+"""Plugins of irisml that do nothing, or what every run does."""
+
+_TASKS_OF_MIXUP = ("classification_multiclass", "classification_multilabel", "object_detection")
+
 
 def load_plugins(specifications: Sequence[str | Plugin], *, before: Sequence[str | Plugin] = ()) -> PluginList:
     """Make the plugins of a run.
@@ -46,24 +52,29 @@ def load_plugins(specifications: Sequence[str | Plugin], *, before: Sequence[str
 
     Raises:
         ConfigError: If a name is unknown, two packages publish it, it is not of the form `name(arguments)`, or
-            the arguments do not fit the plugin.
+            the arguments do not fit the plugin, or one that comes once comes again.
     """
     for given in (before, specifications):
         if isinstance(given, str):
             raise ConfigError(f"plugins must be a list of plugins, got the string {given!r}. Put it in a list.")
-    return PluginList([s if isinstance(s, Plugin) else make_plugin(s) for s in (*before, *specifications)])
+    plugins = [s if isinstance(s, Plugin) else make_plugin(s) for s in (*before, *specifications)]
+    for kind, count in Counter(type(plugin) for plugin in plugins if plugin.comes_once).items():
+        if count > 1:
+            raise ConfigError(f"plugins name {kind.__name__} {count} times, the model's own included. Leave one.")
+    return PluginList(plugins)
 
 
 def make_plugin(specification: str) -> Plugin:
     """Make one plugin of a string; see :func:`load_plugins`."""
     name, args, kwargs = parse(specification)
     plugin_class = find_plugin(name)
+    args = without_irismls(name, args)
     signature = inspect.signature(plugin_class).replace(return_annotation=inspect.Signature.empty)
     try:
         signature.bind(*args, **kwargs)
+        return plugin_class(*args, **kwargs)
     except TypeError as error:
-        raise ConfigError(f"Plugin {specification!r}: {error}. Its arguments: {name}{signature}.") from None
-    return plugin_class(*args, **kwargs)
+        raise ConfigError(f"Plugin {specification!r}: {error}. Its arguments: {name}{signature}.") from error
 
 
 def parse(specification: str) -> tuple[str, list[Any], dict[str, Any]]:
@@ -86,6 +97,15 @@ def parse(specification: str) -> tuple[str, list[Any], dict[str, Any]]:
     return node.func.id, args, kwargs
 
 
+def without_irismls(name: str, args: list[Any]) -> list[Any]:
+    """Leave out what irisml's plugin of the same name is told and the one here need not be."""
+    if name == "mixup" and args and args[0] in _TASKS_OF_MIXUP:  # the model and the targets tell it
+        return args[1:]
+    if name == "compile" and args[1:] == ["fp32"]:
+        return args[:1]
+    return args
+
+
 def find_plugin(name: str) -> type[Plugin]:
     """Return the class of a plugin name, built in or published by another package."""
     published = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
@@ -95,6 +115,8 @@ def find_plugin(name: str) -> type[Plugin]:
         module, _, attribute = BUILT_IN[name].partition(":")
         plugin_class: type[Plugin] = getattr(import_module(module), attribute)
         return plugin_class
+    if name in NOTHING_TO_DO and name not in published:
+        return Plugin
     if name not in published:
         raise unknown_name("plugin", name, BUILT_IN.keys() | published.keys())
     loaded = published[name].load()

@@ -30,10 +30,10 @@ class SaveBest(Plugin):
     Attributes:
         folder: Absent, empty, or written by this plugin before.
         metric: `val_loss`, or what the plugin val_metrics measures.
-        mode: Whether `min` or `max` is better.
+        mode: Whether `min` or `max` is better; needed for anything but `val_loss`.
     """
 
-    def __init__(self, folder: str | Path, metric: str = "val_loss", mode: Literal["min", "max"] = "min") -> None:
+    def __init__(self, folder: str | Path, metric: str = "val_loss", mode: Literal["min", "max"] | None = None) -> None:
         self.folder = Path(folder)
         self._best = Best(metric, mode)
 

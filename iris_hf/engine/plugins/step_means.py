@@ -21,6 +21,7 @@ class StepMeans:
     def __init__(self) -> None:
         self.steps = 0
         self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
         self._seconds = 0.0
         self._start: float | None = None
 
@@ -40,24 +41,37 @@ class StepMeans:
                 if self._sums[name].device != value.device:  # from a checkpoint, which is in host memory
                     self._sums[name] = self._sums[name].to(value.device)
                 self._sums[name] += value
+                self._counts[name] += 1
             else:
                 self._sums[name] = value.to(torch.float32, copy=True)
+                self._counts[name] = 1
 
     def read(self, accelerator: Accelerator) -> tuple[dict[str, float], float]:
-        """Return the means over steps and ranks, and seconds per step; start anew. Every rank has to take part."""
-        sums = torch.stack(list(self._sums.values()))
-        means = accelerator.reduce(sums / self.steps, reduction="mean").tolist()
-        named = dict(zip(self._sums, means, strict=True))
+        """Return means, and seconds per step; start anew. Every rank has to take part.
+
+        A mean is over the steps, of all ranks, that measured such a thing.
+        """
+        from accelerate.utils import gather_object
+
+        names = list(dict.fromkeys(gather_object(list(self._sums))))
+        sums = torch.zeros(2, len(names), device=accelerator.device)
+        for k, name in enumerate(names):
+            if name in self._sums:
+                sums[0, k] = self._sums[name]
+        sums[1] = torch.tensor([self._counts.get(name, 0) for name in names])
+        totals, counts = accelerator.reduce(sums, reduction="sum").tolist()
+        means = {name: total / count for name, total, count in zip(names, totals, counts, strict=True)}
         per_step = self._elapsed() / self.steps  # after the values were read: the device is done
-        self.steps, self._sums, self._seconds = 0, {}, 0.0
+        self.steps, self._sums, self._counts, self._seconds = 0, {}, {}, 0.0
         self.start_clock()
-        return named, per_step
+        return means, per_step
 
     def state_dict(self) -> dict[str, Any]:
         """Return sums and time."""
         return {
             "steps": self.steps,
             "sums": {name: value.clone() for name, value in self._sums.items()},
+            "counts": dict(self._counts),
             "seconds": self._elapsed(),
         }
 
@@ -65,6 +79,7 @@ class StepMeans:
         """Go on from there."""
         self.steps = state["steps"]
         self._sums = dict(state["sums"])
+        self._counts = dict(state["counts"])
         self._seconds = state["seconds"]
 
     def _elapsed(self) -> float:

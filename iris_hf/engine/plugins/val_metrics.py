@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from iris_hf.engine.loader import to_device
 from iris_hf.engine.plugins.base import Plugin, TrainState
 from iris_hf.engine.plugins.monitor import require_validation
 from iris_hf.engine.plugins.predictions import make_predictor, predict_batch
-from iris_hf.errors import ConfigError
+from iris_hf.errors import ConfigError, unknown_name
 from iris_hf.models.steps import Predictor
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class ValMetrics(Plugin):
         self.modules = [load_metric(module) if isinstance(module, str) else module for module in given]
         self.convert = convert
         self._predictor: Predictor | None = None
-        self._batches: list[tuple[Any, Any]] = []
+        self._batches: list[tuple[int, tuple[Any, Any]]] = []
 
     def on_train_start(self, state: TrainState) -> None:
         """Refuse a run without validations."""
@@ -60,7 +61,7 @@ class ValMetrics(Plugin):
         """Predict a batch."""
         assert self._predictor is not None
         measured = predict_batch(state, self._predictor, batch[0]), to_device(batch[1], torch.device("cpu"))
-        self._batches.append(self.convert(*measured) if self.convert is not None else measured)
+        self._batches.append((state.val_position, self.convert(*measured) if self.convert is not None else measured))
         if state.accelerator.num_processes == 1:
             self._add()
 
@@ -74,7 +75,7 @@ class ValMetrics(Plugin):
 
         self._predictor = None
         results: dict[str, float] = {}
-        self._batches = gather_object(self._batches)
+        self._batches = sorted(gather_object(self._batches), key=itemgetter(0))  # parts of a batch stay in order
         if state.is_main_process:
             self._add()
             for module in self.modules:
@@ -91,18 +92,25 @@ class ValMetrics(Plugin):
         self._predictor, self._batches = None, []
 
     def _add(self) -> None:
-        for predictions, references in self._batches:
+        for _, (predictions, references) in self._batches:
             for module in self.modules:
                 module.add_batch(predictions=predictions, references=references)
         self._batches = []
 
 
 def load_metric(name: str) -> EvaluationModule:
-    """Load a metric of iris_hf by its name, or whatever `evaluate.load` finds."""
+    """Load a metric of iris_hf by its name, or whatever `evaluate.load` finds.
+
+    Raises:
+        ConfigError: If neither knows it.
+    """
     import evaluate
 
-    own = Path(__file__).parents[2] / "metrics" / name
-    return evaluate.load(str(own) if (own / f"{name}.py").is_file() else name)
+    own = {path.stem: str(path.parent) for path in (Path(__file__).parents[2] / "metrics").glob("*/[a-z]*.py")}
+    try:
+        return evaluate.load(own.get(name, name))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{unknown_name('metric', name, own)} evaluate.load finds no other: {error}") from error
 
 
 def numbers_in(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
