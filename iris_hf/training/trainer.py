@@ -111,8 +111,9 @@ def train(
 
     A data set, a transform or a collate function that draws random numbers finds the global generators of torch, numpy
     and Python seeded for each example or batch. Generators of its own are its own affair; with them, the result may
-    depend on the loader workers, and a resumed run may differ. To the bit, a run is repeated or resumed where the
-    device computes so: on a GPU, call `torch.use_deterministic_algorithms(True)` before.
+    depend on the loader workers, and a resumed run may differ. (What it draws under `torch.random.fork_rng`, which puts
+    the generators back, may be the same for every example.) To the bit, a run is repeated or resumed where the device
+    computes so: on a GPU, call `torch.use_deterministic_algorithms(True)` before.
 
     BatchNorm sees its own process's part of a batch; its statistics are averaged over the processes before each
     validation and at the end. The caller's model and random generators stay as they are.
