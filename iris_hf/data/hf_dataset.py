@@ -271,6 +271,14 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
         """
         return _examples(self._table(row), self.layout, [position])[0]
 
+    def get_all_targets(self) -> list[Any]:
+        """Read all targets, of their columns alone: no image is decoded."""
+        columns = self.layout.target_columns
+        if not columns:
+            return [None for _ in self._rows]
+        rows = self.hf_dataset.with_format(None).select_columns(columns).decode(False)
+        return [read_targets(self._table(row), self.layout, [position])[0] for position, row in enumerate(rows)]
+
     def iter_encoded(self) -> Iterator[tuple[Any, Any]]:
         """Iterate over (raw input, target) with images as encoded bytes."""
         for position, table in enumerate(self._tables()):
@@ -309,7 +317,7 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
             yield self._table(row)
 
     def _table(self, row: dict[str, Any]) -> pa.Table:
-        return pa.table({name: pa.array([_undecoded(row[name])], type=kind) for name, kind in self._types.items()})
+        return pa.table({name: pa.array([_undecoded(row[name])], type=self._types[name]) for name in row})
 
 
 def _whole_columns(dataset: datasets.Dataset, columns: list[str]) -> pa.Table:

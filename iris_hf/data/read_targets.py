@@ -5,12 +5,11 @@ from __future__ import annotations
 import bisect
 from typing import Any
 
-import numpy as np
 import torch
 import torch.utils.data
 from torch import Tensor
 
-from iris_hf.data.targets import classes_in, infer_target_type
+from iris_hf.data.targets import check_target, classes_in, infer_target_type, is_class_index
 from iris_hf.errors import DataError
 from iris_hf.types import TargetType
 
@@ -19,14 +18,15 @@ def get_targets_from_dataset(dataset: Any) -> Any:
     """Read all targets of a data set of (raw input, target).
 
     A data set that can tell its targets alone is asked for them: all at once (``get_all_targets``, as the data sets of
-    :func:`iris_hf.data.from_hf` have it), or one by one (``get_targets(index)``). torch's ``Subset`` and
+    :func:`iris_hf.data.from_hf` have it, streams too), or one by one (``get_targets(index)``). torch's ``Subset`` and
     ``ConcatDataset`` of such data sets are looked through. Any other is read example by example.
 
     Args:
         dataset: Map-style, or iterable.
 
     Returns:
-        One tensor `[N, ...]` when the targets are integers or tensors of one shape, else a list of N.
+        One tensor `[N, ...]` when the targets are class indices (int, or integer tensor `[]` or `[1]`) or tensors of
+        one shape, else a list of N.
 
     Raises:
         DataError: If there are no examples.
@@ -38,11 +38,9 @@ def get_targets_from_dataset(dataset: Any) -> Any:
         return targets
     if not targets:
         raise DataError("The data set has no examples.")
-    first = targets[0]
-    if isinstance(first, Tensor):
-        same = all(isinstance(target, Tensor) and target.shape == first.shape for target in targets)
-        return torch.stack(targets) if same else targets
-    if all(isinstance(target, (int, np.integer)) for target in targets):
+    if all(isinstance(target, Tensor) and target.shape == targets[0].shape for target in targets):
+        return torch.stack(targets)
+    if all(is_class_index(target) for target in targets):
         return torch.tensor([int(target) for target in targets])
     return targets
 
@@ -58,6 +56,10 @@ def get_classes_from_dataset(dataset: Any, *, target_type: TargetType | None = N
 
     Returns:
         A list of class indices for each example.
+
+    Raises:
+        DataError: If a target is not in its format. Boxes and masks only have to have its shape, since that is what
+            the classes depend on.
     """
     classes = _all_classes(dataset)
     if classes is not None:
@@ -67,7 +69,10 @@ def get_classes_from_dataset(dataset: Any, *, target_type: TargetType | None = N
         target_type = getattr(dataset, "target_type", None)
     if target_type is None:
         target_type = infer_target_type(next((target for target in targets if target is not None), None))
-    return [[] if target is None else classes_in(target, target_type) for target in targets]
+    return [
+        [] if target is None else classes_in(_checked(target, target_type, index), target_type)
+        for index, target in enumerate(targets)
+    ]
 
 
 def locate(dataset: Any, index: int) -> tuple[Any, int]:
@@ -89,6 +94,14 @@ def locate(dataset: Any, index: int) -> tuple[Any, int]:
             dataset, index = dataset.datasets[part], index - start
         else:
             return dataset, index
+
+
+def _checked(target: Any, target_type: TargetType, index: int) -> Any:
+    dims = {"detection": 2, "segmentation": 3}.get(target_type)
+    has_shape = isinstance(target, Tensor) and target.dim() == dims and (dims != 2 or target.shape[1] == 5)
+    if not has_shape:
+        check_target(target, target_type, where=f"Example {index}: ")
+    return target
 
 
 def _all_targets(dataset: Any) -> Any:

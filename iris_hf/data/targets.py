@@ -73,6 +73,17 @@ def classes_in(target: Any, target_type: TargetType) -> list[int]:
     raise unknown_name("target_type", target_type, TARGET_TYPES)
 
 
+def is_class_index(target: Any) -> bool:
+    """Whether a target has the form of a class index, whatever its value.
+
+    Args:
+        target: What a dataset returned.
+    """
+    if isinstance(target, Tensor):
+        return target.shape in ((), (1,)) and target.dtype in _INTEGERS
+    return isinstance(target, numbers.Integral) and not isinstance(target, bool)
+
+
 def infer_target_type(target: Any) -> TargetType:
     """Tell the target type from one target.
 
@@ -86,12 +97,10 @@ def infer_target_type(target: Any) -> TargetType:
     """
     if target is None:
         return "image_text"
-    if _is_integer(target):
+    if is_class_index(target):
         return "multiclass"
     if isinstance(target, Tensor):
         if target.dtype in _INTEGERS:
-            if target.numel() == 1 and target.dim() <= 1:
-                return "multiclass"
             if target.dim() == 1:
                 return "multilabel"
         elif target.is_floating_point():
@@ -147,7 +156,7 @@ def _problem_finder(target_type: str) -> _ProblemFinder:
 
 
 def _multiclass_problem(target: Any, num_classes: int | None, _size: tuple[int, int] | None) -> str | None:
-    if _is_integer(target) or (isinstance(target, Tensor) and target.shape in ((), (1,)) and target.dtype in _INTEGERS):
+    if is_class_index(target):
         return class_index_problem(int(target), num_classes)
     return f"a multiclass target is an int or an integer tensor [] or [1], not {_describe(target)}."
 
@@ -225,10 +234,6 @@ def _box_problem(box: list[float], num_classes: int | None) -> str:
         f"leaves the image: x0={x0:.7g}, y0={y0:.7g}, x1={x1:.7g}, y1={y1:.7g}; "
         "coordinates are relative to width and height, in [0, 1]. Clip it or fix the annotation."
     )
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _describe(value: Any) -> str:

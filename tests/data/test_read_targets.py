@@ -56,6 +56,8 @@ def test_no_image_is_decoded(kind):
     with pytest.raises(DataError):
         dataset[0]
     assert_same_targets(get_targets_from_dataset(dataset), expected_targets(kind))
+    stream = from_hf(dataset.hf_dataset.to_iterable_dataset(num_shards=2))
+    assert_same_targets(get_targets_from_dataset(stream), expected_targets(kind))
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).tolist()
     expected = [expected_targets(kind)[i] for i in order]
     for view in (dataset.select(order), Subset(dataset, order), Subset(dataset, torch.tensor(order)),
@@ -133,6 +135,29 @@ def test_equal_shapes_are_stacked(targets, shape):
         stacked = get_targets_from_dataset(dataset)
         assert stacked.shape == shape
         assert [row.tolist() for row in stacked] == [torch.as_tensor(target).tolist() for target in targets]
+
+
+@pytest.mark.parametrize(
+    "targets", [[np.int64(1), np.int32(0)], [torch.tensor([1]), 0], [torch.tensor(1), torch.tensor([0])]]
+)
+def test_class_indices_of_every_form_become_one_tensor(targets):
+    assert get_targets_from_dataset(WithTargets(targets)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ([torch.tensor([0, 1]), torch.tensor([5, 7])], "Example 1: label 0 of a multilabel target is 5; it has to be"),
+        ([torch.tensor([1]), torch.tensor([0, 1])], "Example 1: a multiclass target is an int or an integer tensor"),
+        ([0, -1], "Example 1: class index -1 is negative"),
+        ([torch.zeros(0, 5), 3], "Example 1: a detection target is a float32 tensor"),
+        ([torch.zeros(0, 5), torch.zeros(3)], "Example 1: a detection target is a float32 tensor"),
+        ([torch.zeros(2, 4, 4), torch.zeros(2, 5)], "Example 1: a segmentation target is a float32 tensor"),
+    ],
+)
+def test_classes_are_not_read_out_of_targets_in_another_format(targets, message):
+    with pytest.raises(DataError, match=message):
+        get_classes_from_dataset(WithTargets(targets))
 
 
 @pytest.mark.parametrize("targets", [[torch.zeros(2, 5), torch.zeros(0, 5)], ["a", "b"], [None, 1], [None, None]])
