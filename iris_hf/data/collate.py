@@ -33,7 +33,8 @@ def collate(examples: Sequence[Any]) -> tuple[Any, Any]:
     | strings | list of N |
     | None for all, bare inputs | None |
 
-    Targets that are plain lists are taken as tensors: numbers as labels, lists of five numbers as boxes.
+    Targets that are plain lists are taken as tensors: numbers as labels, lists of five numbers as boxes, and beside
+    boxes an empty list as none.
 
     Args:
         examples: At least one example. A tuple is always `(input, target)`.
@@ -106,6 +107,8 @@ def _batch_targets(targets: list[Any]) -> Any:
         return None
     if isinstance(targets[0], list):
         targets = [_listed_to_tensor(target) for target in targets]
+        if any(isinstance(target, Tensor) and target.dim() == 2 for target in targets):
+            targets = [torch.zeros(0, 5) if target == [] else target for target in targets]
     first = targets[0]
     if isinstance(first, Tensor):
         if first.dim() == 0 and isinstance(stacked := _stack(targets, "target"), Tensor):

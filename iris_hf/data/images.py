@@ -2,7 +2,8 @@
 
 Every image that iris_hf hands out is what ``PIL.Image.open(...).convert("RGB")`` gives, with one exception: an image
 of 16 bits per pixel keeps the upper 8, as Pillow itself does for 16-bit colour, because its plain conversion of
-16-bit greyscale cuts everything above 255 to white. An EXIF orientation is *not* applied, since boxes and masks
+16-bit greyscale cuts everything above 255 to white. (An image of 32-bit integers counts as one of 16 bits where a
+pixel is above 255, else as one of 8.) An EXIF orientation is *not* applied, since boxes and masks
 refer to the pixels as they are stored. Transparency is dropped.
 """
 
@@ -55,7 +56,8 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         values = np.asarray(image)
         if values.size and (values.min() < 0 or values.max() > 65535):
             raise DataError(f"pixels of a 16-bit image are in 0..65535, not {values.min()}..{values.max()}.")
-        return PIL.Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        has_16_bits = image.mode != "I" or image.format == "PNG" or values.max(initial=0) > 255
+        return PIL.Image.fromarray((values >> 8 if has_16_bits else values).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise DataError("a floating-point image has no defined range; convert it to 8 bits first.")
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):

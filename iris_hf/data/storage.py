@@ -40,19 +40,22 @@ def load_hf_dataset(
     Args:
         path: A folder of `save_to_disk`, a folder of images, a `.parquet` file, or a repository of the Hub.
         split: Which split; None takes the only one.
-        name: The configuration of a repository that has several.
-        revision: A branch, tag or commit of a repository.
+        name: The configuration of a repository, or of a folder like one, that has several.
+        revision: A branch, tag or commit of a repository of the Hub.
         target_type: What the targets mean; None infers it from the columns.
         class_names: Names in the order of the class indices; None takes those of the columns.
 
     Raises:
-        ConfigError: If nothing can be loaded, there are several splits and none is named, or the columns are not known.
+        ConfigError: If nothing can be loaded, there are several splits and none is named, there is nothing that
+            `split`, `name` or `revision` could choose from, or the columns are not known.
     """
     import datasets
 
     from iris_hf.data.hf_dataset import from_hf
 
     source, folder = str(path), Path(path)
+    if revision is not None and folder.exists():
+        raise ConfigError(f"{source!r} is a local path, which has no revisions. Leave out revision={revision!r}.")
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             loaded = datasets.load_from_disk(source)
@@ -61,9 +64,11 @@ def load_hf_dataset(
         elif folder.is_dir() and not any(folder.glob("*.py")) and not any(folder.rglob("*.parquet")):
             loaded = datasets.load_dataset("imagefolder", data_dir=source)
         else:
-            loaded = datasets.load_dataset(source, name, revision=revision)
+            loaded, name = datasets.load_dataset(source, name, revision=revision), None
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         raise ConfigError(f"No dataset could be loaded from {source!r}: {error}") from error
+    if name is not None:
+        raise ConfigError(f"{source!r} has no configurations, as repositories have them. Leave out name={name!r}.")
     if isinstance(loaded, datasets.DatasetDict):
         if split is None and len(loaded) == 1:
             split = next(iter(loaded))
@@ -73,6 +78,8 @@ def load_hf_dataset(
                 f"or '{source}#{next(iter(loaded))}' on the command line."
             )
         loaded = loaded[split]
+    elif split not in (None, str(loaded.split)):
+        raise ConfigError(f"{source!r} is one data set without splits. Leave out split={split!r}.")
     dataset: Any = from_hf(loaded, target_type=target_type, class_names=class_names)
     names = list(dataset.class_names or ())
     return LoadedDataset(dataset, names, len(names))

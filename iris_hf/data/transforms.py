@@ -10,6 +10,8 @@ import torch
 
 from iris_hf.errors import ConfigError
 
+_TARGET_NAMES = ("target", "targets", "label", "labels")
+
 PairTransform = Callable[[Any, Any], tuple[Any, Any]]
 """`(raw_input, target) -> (input, target)`."""
 
@@ -18,8 +20,9 @@ def as_pair_transform(transform: Callable[..., Any] | None) -> PairTransform:
     """Give any transform the form `(raw_input, target) -> (input, target)`.
 
     The signature is looked at once, here. One required argument means image-only: the target passes through. Two, or
-    a second one named ``target``, mean `(raw_input, target)`. torchvision's v2 transforms take both, but a v2
-    ``Compose`` with an image-only member takes the image. Other optional arguments and `*args` are left alone.
+    an optional second one named ``target``, ``targets``, ``label`` or ``labels``, mean `(raw_input, target)`.
+    torchvision's v2 transforms take both, but a v2 ``Compose`` with an image-only member takes the image. Other
+    optional arguments and `*args` are left alone.
 
     Args:
         transform: A function, lambda, bound method, partial or callable object; None changes nothing.
@@ -80,7 +83,7 @@ def _takes_target(transform: Callable[..., Any]) -> bool:
         raise ConfigError(
             f"A transform takes (raw_input) or (raw_input, target); {transform!r} takes {len(required)} arguments."
         )
-    return len(required) == 2 or (len(parameters) > 1 and parameters[1].name == "target")
+    return len(required) == 2 or (len(parameters) > 1 and parameters[1].name in _TARGET_NAMES)
 
 
 def _positional_parameters(transform: Callable[..., Any]) -> list[inspect.Parameter]:

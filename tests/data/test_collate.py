@@ -93,6 +93,15 @@ def test_plain_lists_are_taken_as_tensors():
     assert [tuple(box.shape) for box in boxes] == [(1, 5), (2, 5)]
 
 
+@pytest.mark.parametrize(
+    "rows", [[[[0, 0.0, 0.0, 1.0, 1.0]], []], [[], [[0, 0.0, 0.0, 1.0, 1.0]] * 2], [[], [[1] * 5]]]
+)
+def test_an_empty_list_beside_boxes_is_an_image_without_boxes(rows):
+    boxes = collate([(IMAGE, row) for row in rows])[1]
+    assert [tuple(box.shape) for box in boxes] == [(len(row), 5) for row in rows]
+    assert {box.dtype for box in boxes} == {torch.float32}
+
+
 def test_floats_become_a_vector():
     batch = collate([(IMAGE, 0.5), (IMAGE, 1)])[1]
     assert batch.tolist() == [0.5, 1.0]

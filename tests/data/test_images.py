@@ -53,6 +53,15 @@ def test_sixteen_bit_grey_keeps_the_upper_byte(file_format):
     assert np.asarray(decode_image(data))[0, :, 2].tolist() == [0, 0, 1, 1, 128, 255]
 
 
+def test_small_values_of_an_image_of_32_bits_stay_as_pillow_has_them():
+    values = np.array([[0, 200, 255]], dtype=np.int32)
+    image = PIL.Image.fromarray(values)
+    assert image.mode == "I"
+    assert_same_image(to_rgb(image), image.convert("RGB"))
+    assert np.asarray(to_rgb(PIL.Image.fromarray(values * 256)))[0, :, 0].tolist() == [0, 200, 255]
+    assert_same_image(decode_image(encode_image(image)), to_rgb(image))
+
+
 def test_images_are_read_from_bytes_paths_and_mappings(tmp_path):
     path = tmp_path / "image.png"
     noise(3).save(path)

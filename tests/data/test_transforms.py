@@ -27,6 +27,18 @@ def optional_target(image, target=None):
     return -image, target + 1
 
 
+def optional_targets(image, targets=None):
+    return -image, targets + 1
+
+
+def optional_label(image, label=None):
+    return -image, label + 1
+
+
+def with_target_size(image, target_size=None):
+    return -image
+
+
 class Methods:
     def image(self, image):
         return -image
@@ -43,10 +55,10 @@ class Module(torch.nn.Module):
         return -image, target + 1
 
 
-IMAGE_ONLY = [negate, options, lambda image: -image, Methods().image, functools.partial(options, shift=0),
-              torchvision.transforms.Compose([negate])]  # fmt: skip
-PAIRS = [both, optional_target, lambda image, target: (-image, target + 1), Methods().pair, Methods(), Module(),
-         functools.partial(both)]  # fmt: skip
+IMAGE_ONLY = [negate, options, with_target_size, lambda image: -image, Methods().image,
+              functools.partial(options, shift=0), torchvision.transforms.Compose([negate])]  # fmt: skip
+PAIRS = [both, optional_target, optional_targets, optional_label, functools.partial(both),
+         lambda image, target: (-image, target + 1), Methods().pair, Methods(), Module()]  # fmt: skip
 
 
 @pytest.mark.parametrize("transform", IMAGE_ONLY)
