@@ -5,7 +5,10 @@ Each message names the value that is wrong and the way out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
 
 
 class IrisHFError(Exception):
@@ -81,3 +84,42 @@ def unknown_name(what: str, name: object, known: object) -> ConfigError:
     near = starts[:3] or difflib.get_close_matches(str(name), names, n=3)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     return ConfigError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(names)}.")
+
+
+def require_integer(name: str, value: object, *, at_least: int | None = None) -> None:
+    """Check an argument that counts something; True is no number.
+
+    Args:
+        name: The argument's.
+        value: What was given.
+        at_least: Its lower bound, if it has one.
+
+    Raises:
+        ConfigError: If it is no whole number, or below the bound.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ConfigError(f"{name} must be a whole number, got {value!r}.")
+    _require_bound(name, value, at_least)
+
+
+def require_number(name: str, value: object, *, at_least: float | None = None) -> None:
+    """Check an argument that measures something; True is no number, and neither are NaN and infinity.
+
+    Args:
+        name: The argument's.
+        value: What was given.
+        at_least: Its lower bound, if it has one.
+
+    Raises:
+        ConfigError: If it is no finite number, or below the bound.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value!r}.")
+    _require_bound(name, value, at_least)
+
+
+def _require_bound(name: str, value: Any, at_least: float | None) -> None:
+    if at_least is not None and value < at_least:
+        raise ConfigError(
+            f"{name} must {'not be negative' if at_least == 0 else f'be at least {at_least}'}, got {value}."
+        )

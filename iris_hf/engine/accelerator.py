@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from iris_hf.engine.strategy import adopt_sharding_on_cpu, check_launcher
-from iris_hf.errors import ConfigError
+from iris_hf.errors import ConfigError, require_integer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,8 +37,7 @@ def needs_local_workers(num_processes: int) -> bool:
         ConfigError: If `num_processes` is below 1, or contradicts the launcher's world size. The
             default 1 leaves the number to the launcher.
     """
-    if num_processes < 1:
-        raise ConfigError(f"num_processes must be at least 1, got {num_processes}.")
+    require_integer("num_processes", num_processes, at_least=1)
     world_size = launched_world_size()
     if world_size is None:
         return num_processes > 1

@@ -47,10 +47,12 @@ def training_batches(
             per process where the shards can be divided so.
 
     Raises:
-        ConfigError: If `steps_per_epoch` has to be known and isn't, or a stream cannot be divided.
+        ConfigError: If `steps_per_epoch` has to be known and isn't, a stream cannot be divided, or the processes were
+            given data sets of different lengths.
         DataError: If the data set is empty.
     """
     examples_per_step = batch_size * accumulation * world_size
+    _check_lengths(dataset, "train_dataset", world_size)
     if not is_stream(dataset):
         batches = EpochBatches(
             count_examples(dataset, "train_dataset"),
@@ -107,15 +109,29 @@ def batches_once(
         world_size: Number of processes.
 
     Raises:
-        ConfigError: If it cannot be gone through.
+        ConfigError: If it cannot be gone through, or the processes were given data sets of different lengths.
         DataError: If it is known to be empty.
     """
+    _check_lengths(dataset, what, world_size)
     if not is_stream(dataset):
         num_examples = count_examples(dataset, what)
         return Indexed(dataset), OrderedBatches(num_examples, batch_size=batch_size, rank=rank, world_size=world_size)
     _check_stream(dataset, what, world_size)
     source = Stream(dataset, num_parts=1, seed=seed, endless=False)
     return source, StreamOnce(batch_size=batch_size, rank=rank, world_size=world_size)
+
+
+def _check_lengths(dataset: Any, what: str, world_size: int) -> None:
+    if world_size == 1:
+        return
+    from accelerate.utils import gather_object
+
+    lengths = gather_object([_length(dataset)])
+    if len(set(lengths)) > 1:
+        raise ConfigError(
+            f"{what} has another length on each process: {', '.join(map(str, lengths))}. Give every process the whole "
+            "data set; they share it by themselves."
+        )
 
 
 def _check_stream(dataset: Any, what: str, world_size: int) -> None:

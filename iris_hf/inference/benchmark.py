@@ -30,7 +30,7 @@ from iris_hf.engine.memory import MIB, peak_host_memory
 from iris_hf.engine.plugins import Plugin, PluginList, PredictState, load_plugins
 from iris_hf.engine.rng import PREDICTION, STEP, mix, preserve_generators, seed_generators
 from iris_hf.engine.strategy import sharding_plugin
-from iris_hf.errors import ConfigError, noted
+from iris_hf.errors import ConfigError, noted, require_integer
 from iris_hf.models.steps import Predictor, Trainable, as_predictor, as_trainable
 from iris_hf.types import Transform
 
@@ -133,8 +133,7 @@ def benchmark_model(
         DataError: If the dataset is empty or an example is invalid; the message names it.
     """
     for name, value in (("batch_size", batch_size), ("num_iterations", num_iterations)):
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}.")
+        require_integer(name, value, at_least=1)
     if skip_training and skip_prediction:
         raise ConfigError("skip_training and skip_prediction leave nothing to measure. Leave one of them out.")
     num_examples = count_examples(dataset, "dataset")

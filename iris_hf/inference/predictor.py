@@ -25,7 +25,7 @@ from iris_hf.engine.plans import batches_once
 from iris_hf.engine.plugins import Plugin, PluginList, PredictState, load_plugins
 from iris_hf.engine.rng import PREDICTION, mix, preserve_generators, seed_generators
 from iris_hf.engine.streams import StreamOnce
-from iris_hf.errors import ConfigError, DataError, noted
+from iris_hf.errors import DataError, noted, require_integer
 from iris_hf.models.steps import Predictor, as_predictor
 from iris_hf.types import CollateFunction, Transform
 
@@ -84,8 +84,8 @@ def predict(
         DataError: If the dataset is empty, an example is invalid (the message names it), or the model does not
             give one prediction per example.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
+    require_integer("batch_size", batch_size, at_least=1)
+    require_integer("num_dataloader_workers", num_dataloader_workers, at_least=0)
     arguments = (dataset, model, transform, collate_function, batch_size, device, num_dataloader_workers, plugins)
     if needs_local_workers(num_processes):
         result: PredictResult = run_in_workers(_predict_here, *arguments, num_processes=num_processes, device=device)

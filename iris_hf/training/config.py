@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
 from iris_hf.engine.accelerator import Device
 from iris_hf.engine.plugins import Plugin
-from iris_hf.errors import ConfigError, unknown_name
+from iris_hf.errors import ConfigError, require_integer, require_number, unknown_name
 from iris_hf.training.optimizers import OPTIMIZERS
 from iris_hf.training.schedulers import LrSchedulerConfig
 
@@ -26,6 +25,16 @@ OptimizerName = Literal[
     "zero_adamw",
     "zero_adamw_amsgrad",
 ]
+
+_COUNTS = ("num_epochs", "batch_size", "num_processes", "keep_checkpoints")
+_OPTIONAL_COUNTS = (
+    "accumulate_grad_batches",
+    "val_batch_size",
+    "val_check_interval_epoch",
+    "checkpoint_steps",
+    "checkpoint_epochs",
+    "steps_per_epoch",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,30 +75,23 @@ class TrainConfig:
     steps_per_epoch: int | None
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_epochs",
-            "batch_size",
-            "accumulate_grad_batches",
-            "val_batch_size",
-            "val_check_interval_epoch",
-            "checkpoint_steps",
-            "checkpoint_epochs",
-            "keep_checkpoints",
-            "steps_per_epoch",
-        ):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, Integral):
-                raise ConfigError(f"{name} must be a whole number, got {value!r}.")
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}.")
-        for name in ("base_lr", "weight_decay", "momentum", "num_dataloader_workers"):
-            if not getattr(self, name) >= 0:  # NaN too
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if self.val_check_interval is not None and not 0 < self.val_check_interval <= 1:
-            raise ConfigError(
-                f"val_check_interval is a fraction of num_epochs in (0, 1], got {self.val_check_interval}. "
-                "For a number of epochs use val_check_interval_epoch."
-            )
+        for name in _COUNTS:
+            require_integer(name, getattr(self, name), at_least=1)
+        for name in _OPTIONAL_COUNTS:
+            if getattr(self, name) is not None:
+                require_integer(name, getattr(self, name), at_least=1)
+        require_integer("num_dataloader_workers", self.num_dataloader_workers, at_least=0)
+        if self.random_seed is not None:
+            require_integer("random_seed", self.random_seed)
+        for name in ("base_lr", "weight_decay", "momentum"):
+            require_number(name, getattr(self, name), at_least=0)
+        if self.val_check_interval is not None:
+            require_number("val_check_interval", self.val_check_interval)
+            if not 0 < self.val_check_interval <= 1:
+                raise ConfigError(
+                    f"val_check_interval is a fraction of num_epochs in (0, 1], got {self.val_check_interval}. "
+                    "For a number of epochs use val_check_interval_epoch."
+                )
         if self.val_check_interval is not None and self.val_check_interval_epoch is not None:
             raise ConfigError(
                 f"val_check_interval={self.val_check_interval} and val_check_interval_epoch="

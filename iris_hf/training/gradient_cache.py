@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from iris_hf.engine.loader import map_nested, to_device
 from iris_hf.engine.plugins import PluginList
 from iris_hf.engine.rng import GeneratorState
-from iris_hf.errors import ConfigError, DataError
+from iris_hf.errors import ConfigError, DataError, require_integer, require_number
 from iris_hf.losses.collectives import Group, Rows, world_group
 from iris_hf.models.steps import Cacheable, Gradients, feature_tensors, like_features, weigh
 from iris_hf.training.passes import propagate, scalars, synchronised
@@ -57,13 +57,10 @@ class CacheConfig:
     check_replay: bool
 
     def __post_init__(self) -> None:
-        if self.sub_batch_size < 1:
-            raise ConfigError(f"sub_batch_size must be at least 1, got {self.sub_batch_size}.")
-        if self.num_kept_graphs < 0:
-            raise ConfigError(f"num_kept_graphs must not be negative, got {self.num_kept_graphs}.")
+        require_integer("sub_batch_size", self.sub_batch_size, at_least=1)
+        require_integer("num_kept_graphs", self.num_kept_graphs, at_least=0)
         if self.memory_budget_in_mb is not None:
-            if not self.memory_budget_in_mb >= 0:
-                raise ConfigError(f"memory_budget_in_mb must not be negative, got {self.memory_budget_in_mb}.")
+            require_number("memory_budget_in_mb", self.memory_budget_in_mb, at_least=0)
             if self.num_kept_graphs:
                 raise ConfigError(
                     f"num_kept_graphs={self.num_kept_graphs} and memory_budget_in_mb={self.memory_budget_in_mb} "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from iris_hf.engine.shards import is_sharded
-from iris_hf.errors import ConfigError, unknown_name
+from iris_hf.errors import ConfigError, require_number, unknown_name
 from iris_hf.models.steps import Cacheable, Trainable
 
 logger = logging.getLogger(__name__)
@@ -137,13 +137,17 @@ def parameter_groups(
         Groups with `params`, `lr` and `weight_decay`, in the order of their first parameters.
 
     Raises:
-        ConfigError: If a pattern is no regular expression, or nothing is to be trained.
+        ConfigError: If a pattern is no regular expression, a factor no number, or nothing is to be trained.
     """
     names = _compile("no_weight_decay_param_names", no_weight_decay_param_names or ())
     classes = _compile("no_weight_decay_module_class_names", no_weight_decay_module_class_names or ())
-    scales = list(lr_scale_param_names or ())
-    if any(isinstance(pair, str) or len(pair) != 2 for pair in scales):
+    scales = lr_scale_param_names or ()
+    if not isinstance(scales, Sequence) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in scales
+    ):
         raise ConfigError(f"lr_scale_param_names must be a list of [pattern, factor], got {scales!r}.")
+    for pattern, factor in scales:
+        require_number(f"lr_scale_param_names: the factor of {pattern!r}", factor, at_least=0)
     scaled = _compile("lr_scale_param_names", [pattern for pattern, _ in scales])
     used: set[re.Pattern[str]] = set()
 
@@ -184,6 +188,8 @@ def parameter_groups(
 def _compile(argument: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
     if isinstance(patterns, str):
         raise ConfigError(f"{argument} must be a list of patterns, got the string {patterns!r}.")
+    if not isinstance(patterns, Collection) or not all(isinstance(pattern, (str, re.Pattern)) for pattern in patterns):
+        raise ConfigError(f"{argument} must be a list of patterns, got {patterns!r}.")
     compiled = []
     for pattern in patterns:
         try:

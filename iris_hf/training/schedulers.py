@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,9 @@ from typing import Any, Literal, get_args
 
 from torch.optim import Optimizer
 
-from iris_hf.errors import ConfigError, unknown_name
+from iris_hf.errors import ConfigError, require_integer, require_number, unknown_name
+
+logger = logging.getLogger(__name__)
 
 SchedulerName = Literal["cosine_annealing", "linear_decreasing", "linear", "multistep", "multistep_with_warm_up"]
 
@@ -38,7 +41,7 @@ class LrSchedulerConfig:
         decay_rate: Factor at each milestone.
 
     Raises:
-        ConfigError: If values are unknown, missing or contradict each other.
+        ConfigError: If values are unknown, missing, out of their range or contradict each other.
     """
 
     name: SchedulerName = "cosine_annealing"
@@ -55,12 +58,20 @@ class LrSchedulerConfig:
     def __post_init__(self) -> None:
         if self.name not in get_args(SchedulerName):
             raise unknown_name("lr_scheduler", self.name, get_args(SchedulerName))
+        for name in ("warmup_epochs", "warmup_iters"):
+            if getattr(self, name) is not None:
+                require_integer(f"lr_scheduler: {name}", getattr(self, name), at_least=0)
+        for name in ("warmup_lr", "warmup_factor"):
+            if getattr(self, name) is not None:
+                require_number(f"lr_scheduler: {name}", getattr(self, name), at_least=0)
+        for name in ("warmup_end_factor", "min_lr", "end_factor", "decay_rate"):
+            require_number(f"lr_scheduler: {name}", getattr(self, name), at_least=0)
+        if self.decay_milestones is not None:
+            _check_milestones(self.decay_milestones)
         if self.warmup_epochs and self.warmup_iters:
             raise ConfigError(
                 f"warmup_epochs={self.warmup_epochs} and warmup_iters={self.warmup_iters}: give one of them."
             )
-        if (self.warmup_epochs or 0) < 0 or (self.warmup_iters or 0) < 0:
-            raise ConfigError("warmup_epochs and warmup_iters must not be negative.")
         if self.warmup_lr is not None and self.warmup_factor is not None:
             raise ConfigError(f"warmup_lr={self.warmup_lr} and warmup_factor={self.warmup_factor}: give one of them.")
         if self.name.startswith("multistep") and not self.decay_milestones:
@@ -88,6 +99,18 @@ class LrSchedulerConfig:
         return cls(**{key: value for key, value in (config or {}).items() if value is not None})
 
 
+def _check_milestones(milestones: Any) -> None:
+    if not isinstance(milestones, Sequence) or isinstance(milestones, str):
+        raise ConfigError(f"lr_scheduler: decay_milestones must be a list such as [0.5, 0.75], got {milestones!r}.")
+    for milestone in milestones:
+        require_number("lr_scheduler: a number in decay_milestones", milestone)
+        if not 0 < milestone < 1:
+            raise ConfigError(
+                f"lr_scheduler: decay_milestones are fractions of the run in (0, 1), got {milestone}. For an epoch or "
+                "a step, divide it by their number."
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LearningRateSchedule:
     """The curve of one run.
@@ -101,6 +124,13 @@ class LearningRateSchedule:
     config: LrSchedulerConfig
     steps_per_epoch: int
     num_epochs: int
+
+    def __post_init__(self) -> None:
+        num_steps = self.steps_per_epoch * self.num_epochs
+        if self.warmup_steps >= num_steps:
+            logger.warning(
+                "The warm-up of %d steps is not over when the run ends: it has %d.", self.warmup_steps, num_steps
+            )
 
     @property
     def warmup_steps(self) -> int:

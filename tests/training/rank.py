@@ -4,6 +4,7 @@ import json
 import sys
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from tiny import Net, NormNet, Tensors, noisy, train_tiny
 
@@ -21,10 +22,19 @@ if __name__ == "__main__":
         results.append({"weights": weights, **vars(recorder)})
     norm = iris_hf.train(NormNet(), Tensors(32), None, Tensors(8), num_epochs=2, batch_size=4, random_seed=0).model
     everywhere = gather_object([[buffer.tolist() for buffer in norm.buffers()]])
+    refused = []
+    for unequal in (
+        lambda examples: iris_hf.train(Net(), examples, None, num_epochs=1),
+        lambda examples: iris_hf.predict(examples, Net(), num_dataloader_workers=0),
+    ):
+        try:
+            unequal(Tensors(48 + 16 * PartialState().process_index))
+        except iris_hf.ConfigError as error:
+            refused.append(str(error))
+    refused_everywhere = gather_object([refused])
     result = iris_hf.predict(Tensors(13), Net(), batch_size=2, num_dataloader_workers=0)
+    results.append({"refused": refused_everywhere})
     results.append({"predictions": result.predictions, "targets": result.targets})
     results.append({"buffers": everywhere})
-    from accelerate import PartialState
-
     if PartialState().is_main_process:
         torch.save(results, out)

@@ -75,5 +75,12 @@ def test_a_warm_up_without_a_start_begins_at_zero() -> None:
     assert curve({"warmup_iters": 2})[:3] == pytest.approx([0.0, 0.15, 0.3])
 
 
+def test_a_warm_up_that_is_longer_than_the_run_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    curve({"warmup_iters": STEPS * EPOCHS - 1})
+    assert not caplog.records
+    assert max(curve({"warmup_iters": 1000})) < 0.3
+    assert "The warm-up of 1000 steps is not over when the run ends: it has 42." in caplog.text
+
+
 def test_min_lr_is_absolute_for_every_group() -> None:
     assert curve({"min_lr": 0.01}, base_lr=0.03)[-1] == pytest.approx(0.01, abs=1e-3)

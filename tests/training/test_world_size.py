@@ -58,6 +58,13 @@ def test_thirteen_examples_on_two_processes_come_once_each_and_in_order(on_two: 
     assert torch.equal(on_two[-2]["targets"], Tensors(13).labels)
 
 
+def test_data_sets_of_other_lengths_are_refused_on_every_rank(on_two: list[dict[str, Any]]) -> None:
+    first, second = on_two[-3]["refused"]
+    assert first == second
+    for message, what in zip(first, ("train_dataset", "dataset"), strict=True):
+        assert message.startswith(f"{what} has another length on each process: 48, 64. Give every process the whole")
+
+
 def test_every_rank_ends_with_the_same_statistics(on_two: list[dict[str, Any]]) -> None:
     first, second = on_two[-1]["buffers"]
     assert first == second
