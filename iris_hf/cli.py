@@ -72,9 +72,12 @@ def _list_tasks(arguments: Sequence[str]) -> int:
 
 
 def _run(task: Task, arguments: Sequence[str]) -> int:
-    from iris_hf.cli_values import read_input, save_output, shown
+    from iris_hf.cli_values import check_output_path, read_input, save_output, shown
 
     options = vars(task_parser(task).parse_args(arguments))
+    for field in task.outputs:
+        if options[f"save_{field.name}"] is not None:
+            check_output_path(field, options[f"save_{field.name}"])
     inputs: dict[str, Any] = {}
     for field in task.inputs:
         if _is_function(field.annotation):
@@ -92,8 +95,7 @@ def _run(task: Task, arguments: Sequence[str]) -> int:
             value = outputs[field.name]
             path = options[f"save_{field.name}"]
             if path is not None:
-                save_output(field, value, path)
-                printed[field.name] = path
+                printed[field.name] = save_output(field, value, path)
             else:
                 printed[field.name] = shown(value)
         print(json.dumps(printed))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from iris_hf.errors import ConfigError, DataError
 from iris_hf.tasks import Field, union_members
+
+logger = logging.getLogger(__name__)
 
 _TENSOR_FILES = (".safetensors", ".npy", ".json")
 
@@ -74,20 +78,43 @@ def _of_lists(values: Any) -> Any:
         return [torch.tensor(value) for value in values]
 
 
-def save_output(field: Field, value: Any, path: str) -> None:
-    """Save an output of a task where `path` says: a model's or dataset's folder, a tensor's file, or a file of bytes.
+def check_output_path(field: Field, path: str) -> None:
+    """Check where an output is to be saved, before the task runs, as far as its type tells.
+
+    Args:
+        field: The output.
+        path: What the command line gave.
 
     Raises:
-        ConfigError: If the kind of output cannot be saved there.
+        ConfigError: If no output of this kind can be saved there.
+    """
+    members = [get_origin(member) or member for member in union_members(field.annotation)]
+    kinds = [member for member in members if isinstance(member, type) and member is not Any]
+    if any(issubclass(kind, (nn.Module, Dataset)) for kind in kinds):
+        if Path(path).is_file():
+            raise ConfigError(f"{field.name} is saved in a folder, but {path!r} is a file.")
+        return
+    known = (".json",) if kinds and Tensor not in kinds else _TENSOR_FILES
+    if bytes not in kinds and Path(path).suffix not in known:
+        raise ConfigError(f"{field.name} cannot be saved as {path!r}. Known: {', '.join(known)}.")
+    if not Path(path).parent.is_dir():
+        raise ConfigError(f"There is no folder {str(Path(path).parent)!r} to save {field.name} in.")
+
+
+def save_output(field: Field, value: Any, path: str) -> str:
+    """Save an output of a task where `path` says: a model's or dataset's folder, a tensor's file, or a file of bytes.
+
+    Returns:
+        Where it is. What turns out not to fit into the kind of file is not lost, but in a `.json` file beside.
     """
     if isinstance(value, nn.Module):
         from iris_hf.models.hub import save_pretrained
 
         save_pretrained(value, path)
-        return
+        return path
     if hasattr(value, "hf_dataset"):
         value.hf_dataset.save_to_disk(path)
-        return
+        return path
     suffix = Path(path).suffix
     if isinstance(value, Tensor) and suffix == ".npy":
         np.save(path, value.numpy())
@@ -97,13 +124,12 @@ def save_output(field: Field, value: Any, path: str) -> None:
         save_file({"values": value} if isinstance(value, Tensor) else {str(i): t for i, t in enumerate(value)}, path)
     elif isinstance(value, bytes):
         Path(path).write_bytes(value)
-    elif suffix == ".json":
-        Path(path).write_text(json.dumps(shown(value, limit=None)))
     else:
-        kind = type(value).__name__
-        raise ConfigError(
-            f"{field.name} is a {kind}, which cannot be saved as {path!r}. Known: {', '.join(_TENSOR_FILES)}."
-        )
+        if suffix != ".json":
+            logger.warning("%s is a %s, which a file %r cannot hold.", field.name, type(value).__name__, suffix)
+            path += ".json"
+        Path(path).write_text(json.dumps(shown(value, limit=None)))
+    return path
 
 
 def _is_tensors(value: Any) -> bool:

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from launching import run_python, torchrun
 
 import iris_hf
+from iris_hf.cli import main
+from iris_hf.cli_values import save_output
 from iris_hf.tasks import TASKS, markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +55,38 @@ def test_a_mistyped_command_says_what_is_wrong(arguments: list[str], message: st
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["predict", "--save-predictions", "p.csv"],
+            "predictions cannot be saved as 'p.csv'. Known: .safetensors, .npy",
+        ),
+        (["predict", "--save-targets", "none/t.npy"], "There is no folder 'none' to save targets in"),
+        (["export_onnx", "--save-data", "none/m.onnx"], "There is no folder 'none' to save data in"),
+        (["train", "--save-model", __file__], "model is saved in a folder, but"),
+        (["train", "--save-elapsed-time", "t.npy"], "elapsed_time cannot be saved as 't.npy'. Known: .json."),
+    ],
+)
+def test_where_nothing_can_be_saved_is_said_before_anything_is_read(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = {"predict": ["--dataset", "none"], "train": ["--train-dataset", "none", "--num-epochs", "1"]}
+    assert main([*arguments, "--model", "none", *needed.get(arguments[0], [])]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_output_that_does_not_fit_into_its_file_is_not_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    boxes = [torch.rand(2, 6), torch.rand(0, 6)]
+    path = save_output(TASKS["predict"].outputs[0], boxes, str(tmp_path / "p.npy"))
+    assert path == str(tmp_path / "p.npy.json")
+    for read, box in zip(json.loads(Path(path).read_text()), boxes, strict=True):
+        assert torch.equal(torch.tensor(read).reshape(-1, 6), box)
+    assert "predictions is a list, which a file '.npy' cannot hold" in caplog.text
 
 
 def test_accuracy_of_two_files(tmp_path: Path) -> None:
