@@ -6,7 +6,7 @@ Each message names the value that is wrong and the way out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -116,6 +116,23 @@ def require_number(name: str, value: object, *, at_least: float | None = None) -
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ConfigError(f"{name} must be a finite number, got {value!r}.")
     _require_bound(name, value, at_least)
+
+
+def require_names(name: str, value: object) -> None:
+    """Check an argument that lists names, such as those of the classes.
+
+    Args:
+        name: The argument's.
+        value: What was given.
+
+    Raises:
+        ConfigError: If it is no list (or another sequence) of at least one string.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        raise ConfigError(f"{name} must be a list of at least one name, got {value!r}.")
+    for position, item in enumerate(value):
+        if not isinstance(item, str):
+            raise ConfigError(f"{name}[{position}] must be a string, got {item!r}.")
 
 
 def _require_bound(name: str, value: Any, at_least: float | None) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import datasets
 
-from iris_hf.errors import ConfigError, unknown_name
+from iris_hf.errors import ConfigError, require_names, unknown_name
 from iris_hf.types import TARGET_TYPES, TargetType
 
 IGNORE_INDEX = 255
@@ -267,6 +267,7 @@ def _class_names(
                 f"The column {column!r} does not tell the class names. Give class_names, in the order of the indices."
             )
         return stored
+    require_names("class_names", class_names)
     names = tuple(class_names)
     if stored is not None and len(stored) != len(names):
         raise ConfigError(f"class_names has {len(names)} names, but the column {column!r} has {len(stored)} classes.")

@@ -25,7 +25,7 @@ from iris_hf.data.columns import IGNORE_INDEX, features_for
 from iris_hf.data.images import encode_image, image_size
 from iris_hf.data.read_targets import locate
 from iris_hf.data.targets import check_target
-from iris_hf.errors import ConfigError, DataError, failure_of, unknown_name
+from iris_hf.errors import ConfigError, DataError, failure_of, require_integer, require_names, unknown_name
 from iris_hf.types import TARGET_TYPES, TargetType
 
 _ROWS_PER_CHUNK = 4  # what a worker process sends at a time: few, since a row may be a 12-megapixel PNG
@@ -212,14 +212,15 @@ def _check_arguments(
         raise unknown_name("target_type", target_type, TARGET_TYPES)
     if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         raise ConfigError("The data set is a Hugging Face data set already; from_hf reads it.")
+    if not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
+        raise ConfigError(f"A data set gives (raw input, target) by index or one after another, not {dataset!r}.")
     if class_names is None and target_type != "image_text":
         raise ConfigError(f"class_names is needed for the target type {target_type!r}.")
-    if class_names is not None and (
-        isinstance(class_names, str) or not class_names or len(set(class_names)) != len(class_names)
-    ):
-        raise ConfigError(f"class_names is a list of distinct names, not {class_names!r}.")
-    if num_proc < 1:
-        raise ConfigError(f"num_proc must be positive, got {num_proc}.")
+    if class_names is not None:
+        require_names("class_names", class_names)
+        if len(set(class_names)) != len(class_names):
+            raise ConfigError(f"class_names is a list of distinct names, not {class_names!r}.")
+    require_integer("num_proc", num_proc, at_least=1)
     if masks not in ("auto", "index", "stack"):
         raise unknown_name("format of masks", masks, ("auto", "index", "stack"))
     if masks == "index" and class_names is not None and len(class_names) > IGNORE_INDEX:

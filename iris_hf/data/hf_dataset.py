@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from datasets.distributed import split_dataset_by_node
 from iris_hf.data.columns import IGNORE_INDEX, Layout, find_layout
 from iris_hf.data.hf_targets import check_mask_size, read_classes, read_targets
 from iris_hf.data.images import decode_image, encode_image, read_image_bytes
-from iris_hf.errors import ConfigError, DataError
+from iris_hf.errors import ConfigError, DataError, require_integer
 from iris_hf.types import TargetType
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def from_hf(
         raise ConfigError(f"from_hf takes a datasets.Dataset or IterableDataset, not {type(dataset).__name__}.")
     if dataset.features is None:
         raise ConfigError("The features of the streaming data set are unknown. Give them: dataset.cast(features).")
+    require_integer("ignore_index", ignore_index)
     layout = find_layout(
         dataset.features,
         target_type=target_type,
@@ -115,7 +117,14 @@ class HFDataset(torch.utils.data.Dataset[Any]):
         return len(self.hf_dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        return _examples(self._rows[int(index)], self.layout, [self._position(index)])[0]
+        try:
+            index = operator.index(index)
+        except TypeError:
+            raise ConfigError(
+                f"An example is read by its number, got {index!r}. For several use select([0, 1, ...]); columns are in "
+                "hf_dataset."
+            ) from None
+        return _examples(self._rows[index], self.layout, [self._position(index)])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
         rows = [int(index) for index in indices]

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from iris_hf.data.transforms import as_pair_transform
-from iris_hf.errors import ConfigError, DataError, unknown_name
+from iris_hf.errors import ConfigError, DataError, require_names, unknown_name
 from iris_hf.types import Transform
 
 CaptionChoice = Literal["random", "first"]
@@ -39,8 +39,7 @@ def make_image_text_transform(
     Raises:
         ConfigError: If there are no class names, one is not a string, or a part is not callable.
     """
-    if isinstance(class_names, str) or not class_names or not all(isinstance(n, str) for n in class_names):
-        raise ConfigError(f"class_names must be a list of at least one name, got {class_names!r}.")
+    require_names("class_names", class_names)
     for name, part in (("prompt_generator", prompt_generator or str), ("tokenizer", tokenizer)):
         _require_callable(name, part)
     return ImageTextTransform(image_transform, class_names, prompt_generator, tokenizer)

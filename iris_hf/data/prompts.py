@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch.utils.data import Dataset
 
-from iris_hf.errors import ConfigError, DataError, unknown_name
+from iris_hf.errors import ConfigError, DataError, require_names, unknown_name
 from iris_hf.types import TargetType
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def create_classification_prompt_generator(
         raise unknown_name("prompt generator", name, get_args(GeneratorName))
     if name == "template":
         template = template or "{}"
-        if "{}" not in template:
+        if not isinstance(template, str) or "{}" not in template:
             raise ConfigError(f"The template {template!r} must contain {{}}, where the class name goes.")
         return PromptGenerator((template,))
     if template:
@@ -63,7 +63,12 @@ class PromptGenerator(NamedTuple):
 
         Args:
             class_name: What replaces ``{}``.
+
+        Raises:
+            ConfigError: If it is no string.
         """
+        if not isinstance(class_name, str):
+            raise ConfigError(f"A prompt is made of a class name, not of {class_name!r}. Take it from class_names.")
         return [template.replace("{}", class_name) for template in self.templates]
 
 
@@ -80,12 +85,14 @@ def build_classification_prompt_dataset(
         ConfigError: If there are no class names, or one is not a string.
         DataError: If the generator gives something else than a list of strings, or none, for a class.
     """
-    if isinstance(class_names, str) or not class_names:
-        raise ConfigError(f"class_names must be a list of at least one name, got {class_names!r}.")
+    require_names("class_names", class_names)
+    if prompt_generator is not None and not callable(prompt_generator):
+        raise ConfigError(
+            f"prompt_generator must be a function, such as create_classification_prompt_generator gives, or None, got "
+            f"{prompt_generator!r}."
+        )
     prompts = []
     for index, class_name in enumerate(class_names):
-        if not isinstance(class_name, str):
-            raise ConfigError(f"class_names[{index}] must be a string, got {class_name!r}.")
         texts = [class_name] if prompt_generator is None else prompt_generator(class_name)
         is_list = isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)
         if not is_list or not texts:

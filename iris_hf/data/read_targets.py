@@ -10,7 +10,7 @@ import torch.utils.data
 from torch import Tensor
 
 from iris_hf.data.targets import check_target, classes_in, infer_target_type, is_class_index
-from iris_hf.errors import DataError
+from iris_hf.errors import ConfigError, DataError
 from iris_hf.types import TargetType
 
 
@@ -22,15 +22,20 @@ def get_targets_from_dataset(dataset: Any) -> Any:
     ``ConcatDataset`` of such data sets are looked through. Any other is read example by example.
 
     Args:
-        dataset: Map-style, or iterable.
+        dataset: Map-style, or iterable; or one of the library `datasets`.
 
     Returns:
         One tensor `[N, ...]` when the targets are class indices (int, or integer tensor `[]` or `[1]`) or tensors of
         one shape, else a list of N.
 
     Raises:
-        DataError: If there are no examples.
+        ConfigError: If it is no data set, or one of several splits.
+        DataError: If there are no examples, or one is no pair.
     """
+    if type(dataset).__module__.startswith("datasets."):
+        from iris_hf.data.hf_dataset import from_hf
+
+        dataset = from_hf(dataset)
     targets = _all_targets(dataset)
     if isinstance(targets, Tensor):
         if len(targets) == 0:
@@ -118,8 +123,16 @@ def _all_targets(dataset: Any) -> Any:
     if hasattr(dataset, "get_targets"):
         return [dataset.get_targets(index) for index in range(len(dataset))]
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-        return [dataset[index][1] for index in range(len(dataset))]
-    return [target for _, target in dataset]
+        return [_target_of(dataset[index], index) for index in range(len(dataset))]
+    if not hasattr(dataset, "__iter__"):
+        raise ConfigError(f"A data set gives (raw input, target) by index or one after another, not {dataset!r}.")
+    return [_target_of(example, index) for index, example in enumerate(dataset)]
+
+
+def _target_of(example: Any, index: int) -> Any:
+    if not isinstance(example, (tuple, list)) or len(example) != 2:
+        raise DataError(f"Example {index} is a {type(example).__name__}, not a pair (raw input, target).")
+    return example[1]
 
 
 def _subset_targets(subset: Any) -> Any:

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from iris_hf.data.read_targets import get_classes_from_dataset
 from iris_hf.data.selection import open_examples, select_examples
-from iris_hf.errors import ConfigError, DataError
+from iris_hf.errors import ConfigError, DataError, require_integer, require_number
 
 
 def sample_few_shot_dataset(
@@ -44,10 +44,11 @@ def sample_few_shot_dataset(
         The examples in shuffled order.
 
     Raises:
-        ConfigError: If `n_shot` is not positive.
+        ConfigError: If `n_shot` is not positive, or the seed is no integer.
         DataError: If no class occurs, or, when strict, a class has too few examples.
     """
-    _check_count("n_shot", n_shot, at_least=1)
+    require_integer("n_shot", n_shot, at_least=1)
+    require_integer("random_seed", random_seed)
     examples = open_examples(dataset)
     classes = get_classes_from_dataset(examples)
     counts = _count_examples(classes)
@@ -104,10 +105,18 @@ def make_oversampled_dataset(
         ConfigError: If an argument is out of its range.
         DataError: If there are no examples, or no classes to balance.
     """
-    _check_count("min_num_samples", min_num_samples, at_least=0)
-    if not 1 <= oversampling_rate < math.inf:
+    require_integer("min_num_samples", min_num_samples, at_least=0)
+    for name, value in (
+        ("oversampling_rate", oversampling_rate),
+        ("balance_weights_min", balance_weights_min),
+        ("balance_weights_max", balance_weights_max),
+    ):
+        require_number(name, value)
+    if random_seed is not None:
+        require_integer("random_seed", random_seed)
+    if oversampling_rate < 1:
         raise ConfigError(f"oversampling_rate must be at least 1, which adds nothing, got {oversampling_rate}.")
-    if not 0 <= balance_weights_min <= balance_weights_max < math.inf or balance_weights_max == 0:
+    if not 0 <= balance_weights_min <= balance_weights_max or balance_weights_max == 0:
         raise ConfigError(
             "The balance weights need 0 <= balance_weights_min <= balance_weights_max and a positive maximum, "
             f"got balance_weights_min={balance_weights_min} and balance_weights_max={balance_weights_max}."
@@ -124,7 +133,7 @@ def make_oversampled_dataset(
             )
         return dataset
     generator = torch.Generator().manual_seed(
-        random_seed if random_seed is not None else int(torch.randint(1 << 62, ()))
+        int(random_seed) if random_seed is not None else int(torch.randint(1 << 62, ()))
     )
     if balance:
         weights = balance_weights(
@@ -175,11 +184,6 @@ def _count_examples(classes: list[list[int]]) -> Counter[int]:
     if not counts:
         raise DataError("No example of the data set has a class. Give targets with boxes, labels or masks.")
     return counts
-
-
-def _check_count(name: str, value: int, at_least: int) -> None:
-    if not isinstance(value, (int, np.integer)) or value < at_least:
-        raise ConfigError(f"{name} must be an integer, at least {at_least}, got {value!r}.")
 
 
 def _check_enough(counts: Counter[int], n_shot: int, examples: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +54,10 @@ def load_hf_dataset(
 
     from iris_hf.data.hf_dataset import from_hf
 
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ConfigError(f"path must be a folder, a .parquet file or a repository of the Hub, got {path!r}.")
+    if split is not None and not isinstance(split, str):
+        raise ConfigError(f"split must be the name of one split, got {split!r}.")
     source, folder = str(path), Path(path)
     if revision is not None and folder.exists():
         raise ConfigError(f"{source!r} is a local path, which has no revisions. Leave out revision={revision!r}.")
@@ -65,8 +70,9 @@ def load_hf_dataset(
             loaded = datasets.load_dataset("imagefolder", data_dir=source)
         else:
             loaded, name = datasets.load_dataset(source, name, revision=revision), None
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
-        raise ConfigError(f"No dataset could be loaded from {source!r}: {error}") from error
+    except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = f" {error.__cause__}" if error.__cause__ is not None else ""
+        raise ConfigError(f"No dataset could be loaded from {source!r}: {error}{cause}") from error
     if name is not None:
         raise ConfigError(f"{source!r} has no configurations, as repositories have them. Leave out name={name!r}.")
     if isinstance(loaded, datasets.DatasetDict):
@@ -106,6 +112,8 @@ def save_hf_dataset(
     """
     from iris_hf.data.convert import to_hf
 
+    if Path(folder).is_file():
+        raise ConfigError(f"A data set is saved in a folder, but {str(folder)!r} is a file.")
     rows = getattr(dataset, "hf_dataset", None)
     if rows is None:
         target_type = target_type or getattr(dataset, "target_type", None)

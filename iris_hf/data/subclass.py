@@ -17,7 +17,7 @@ from iris_hf.data.read_targets import get_classes_from_dataset
 from iris_hf.data.remap_columns import remap_columns
 from iris_hf.data.selection import Selection, open_examples, select_examples
 from iris_hf.data.targets import infer_target_type
-from iris_hf.errors import ConfigError, DataError
+from iris_hf.errors import ConfigError, DataError, require_names
 from iris_hf.types import TargetType
 
 
@@ -152,8 +152,7 @@ def _remap(selected: Any, class_ids: list[int], class_names: list[str]) -> Any:
 
 
 def _check_class_ids(class_ids: Any, class_names: Any, num_classes: int | None) -> None:
-    if isinstance(class_names, str) or not class_names:
-        raise ConfigError(f"class_names must be a list of at least one name, got {class_names!r}.")
+    require_names("class_names", class_names)
     if num_classes and num_classes != len(class_names):
         raise ConfigError(
             f"class_names has {len(class_names)} names, but the data set has {num_classes} classes. "

@@ -146,8 +146,8 @@ def parameter_groups(
         isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in scales
     ):
         raise ConfigError(f"lr_scale_param_names must be a list of [pattern, factor], got {scales!r}.")
-    for pattern, factor in scales:
-        require_number(f"lr_scale_param_names: the factor of {pattern!r}", factor, at_least=0)
+    for name, factor in scales:
+        require_number(f"lr_scale_param_names: the factor of {name!r}", factor, at_least=0)
     scaled = _compile("lr_scale_param_names", [pattern for pattern, _ in scales])
     used: set[re.Pattern[str]] = set()
 

@@ -336,6 +336,14 @@ def test_null_captions_are_named():
         dataset[2]
 
 
+@pytest.mark.parametrize("index", ["image", slice(0, 2), 1.0])
+def test_an_index_is_a_number(index):
+    dataset = from_hf(to_hf(make_examples("multiclass"), **hf_arguments("multiclass")))
+    with pytest.raises(ConfigError, match=r"An example is read by its number, got .* use select"):
+        dataset[index]
+    assert dataset[torch.tensor(1)][1] == dataset[np.int64(1)][1] == dataset[1][1]
+
+
 def test_indices_outside_the_data_set_end_an_iteration():
     dataset = from_hf(to_hf(make_examples("multiclass"), **hf_arguments("multiclass")))
     with pytest.raises(IndexError):

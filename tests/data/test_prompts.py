@@ -96,10 +96,19 @@ def test_the_data_set_of_the_80_templates():
     assert all("bee" in dataset[index][0] for index in range(80, 160))
 
 
-@pytest.mark.parametrize("class_names", [[], "ant", ()])
+@pytest.mark.parametrize("class_names", [[], "ant", (), 3, None])
 def test_no_class_names_are_an_error(class_names):
     with pytest.raises(ConfigError, match="class_names must be a list of at least one name"):
         build_classification_prompt_dataset(class_names)
+
+
+def test_what_is_no_generator_template_or_class_name_is_said():
+    with pytest.raises(ConfigError, match=r"prompt_generator must be a function, .* got 'clip_imagenet'"):
+        build_classification_prompt_dataset(["ant"], "clip_imagenet")
+    with pytest.raises(ConfigError, match=r"The template 3 must contain \{\}"):
+        create_classification_prompt_generator(name="template", template=3)
+    with pytest.raises(ConfigError, match="A prompt is made of a class name, not of 3"):
+        create_classification_prompt_generator(name="template")(3)
 
 
 def test_a_class_name_has_to_be_a_string():

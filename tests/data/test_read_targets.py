@@ -10,7 +10,7 @@ from iris_hf.data.convert import to_hf
 from iris_hf.data.hf_dataset import from_hf
 from iris_hf.data.read_targets import get_classes_from_dataset, get_targets_from_dataset
 from iris_hf.data.targets import classes_in
-from iris_hf.errors import DataError
+from iris_hf.errors import ConfigError, DataError
 
 
 class WithTargets(torch.utils.data.Dataset):
@@ -142,6 +142,22 @@ def test_equal_shapes_are_stacked(targets, shape):
 )
 def test_class_indices_of_every_form_become_one_tensor(targets):
     assert get_targets_from_dataset(WithTargets(targets)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("example", ["image", ("image", 1, 2), {"image": 0}])
+def test_an_example_that_is_no_pair_is_named(example):
+    with pytest.raises(DataError, match=r"Example 1 is a \w+, not a pair \(raw input, target\)"):
+        get_targets_from_dataset([("image", 0), example])
+
+
+def test_a_data_set_of_hugging_face_needs_no_wrapping_and_no_data_set_is_said():
+    rows = with_broken_images("multiclass").hf_dataset
+    for dataset in (rows, rows.to_iterable_dataset()):
+        assert_same_targets(get_targets_from_dataset(dataset), expected_targets("multiclass"))
+    with pytest.raises(ConfigError, match=r"Give one split of the data set, such as dataset\['train'\]"):
+        get_targets_from_dataset(datasets.DatasetDict(train=rows))
+    with pytest.raises(ConfigError, match="by index or one after another, not None"):
+        get_targets_from_dataset(None)
 
 
 @pytest.mark.parametrize(

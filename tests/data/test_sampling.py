@@ -119,10 +119,18 @@ def test_strict_counts_classes_that_do_not_occur_where_they_are_known():
         sample_few_shot_dataset(hf, n_shot=2, strict=True)
 
 
-@pytest.mark.parametrize("n_shot", [0, -1, 2.5, "3"])
+@pytest.mark.parametrize("n_shot", [0, -1, 2.5, "3", True])
 def test_n_shot_has_to_be_positive(n_shot):
-    with pytest.raises(ConfigError, match="n_shot must be an integer, at least 1, got "):
+    with pytest.raises(ConfigError, match=r"n_shot must be (at least 1|a whole number), got "):
         sample_few_shot_dataset(WithTargets([0, 1]), n_shot=n_shot)
+
+
+@pytest.mark.parametrize("seed", [None, "0", [1]])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(ConfigError, match="random_seed must be a whole number, got "):
+        sample_few_shot_dataset(WithTargets([0, 1]), n_shot=1, random_seed=seed)
+    chosen = sample_few_shot_dataset(WithTargets(list(range(9))), n_shot=1, random_seed=np.int64(3))
+    assert rows_of(chosen) == rows_of(sample_few_shot_dataset(WithTargets(list(range(9))), n_shot=1, random_seed=3))
 
 
 @pytest.mark.parametrize("targets", [[None, None], [torch.zeros(0, 5)] * 2, [torch.zeros(3, dtype=torch.int64)] * 2])
@@ -257,15 +265,17 @@ def test_the_seed_decides_and_leaves_the_callers_generators_alone(balance):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"min_num_samples": -1}, "min_num_samples must be an integer, at least 0, got -1"),
-        ({"min_num_samples": 2.0}, "min_num_samples must be an integer, at least 0, got 2.0"),
+        ({"min_num_samples": -1}, "min_num_samples must not be negative, got -1"),
+        ({"min_num_samples": 2.0}, "min_num_samples must be a whole number, got 2.0"),
         ({"oversampling_rate": 0.5}, "oversampling_rate must be at least 1, which adds nothing, got 0.5"),
-        ({"oversampling_rate": math.nan}, "oversampling_rate must be at least 1, .* got nan"),
-        ({"oversampling_rate": math.inf}, "oversampling_rate must be at least 1, .* got inf"),
+        ({"oversampling_rate": math.nan}, "oversampling_rate must be a finite number, got nan"),
+        ({"oversampling_rate": math.inf}, "oversampling_rate must be a finite number, got inf"),
+        ({"oversampling_rate": "2"}, "oversampling_rate must be a finite number, got '2'"),
+        ({"random_seed": 1.5}, "random_seed must be a whole number, got 1.5"),
         ({"balance_weights_min": 6}, "got balance_weights_min=6 and balance_weights_max=5.0"),
         ({"balance_weights_min": -0.1}, "got balance_weights_min=-0.1"),
         ({"balance_weights_min": 0, "balance_weights_max": 0}, "a positive maximum"),
-        ({"balance_weights_max": math.nan}, "balance_weights_max=nan"),
+        ({"balance_weights_max": math.nan}, "balance_weights_max must be a finite number, got nan"),
     ],
 )
 def test_arguments_out_of_range_are_named(settings, message):

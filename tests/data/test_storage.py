@@ -5,7 +5,7 @@ import pytest
 from data_examples import hf_arguments, make_examples
 
 from iris_hf.data.convert import to_hf
-from iris_hf.data.storage import load_hf_dataset
+from iris_hf.data.storage import load_hf_dataset, save_hf_dataset
 from iris_hf.errors import ConfigError
 
 
@@ -16,6 +16,8 @@ def saved(tmp_path_factory):
     rows = to_hf(make_examples("multiclass"), **hf_arguments("multiclass"))
     rows.save_to_disk(folder / "one")
     rows.to_parquet(folder / "file.parquet")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "train.parquet").write_text("no Parquet")
     splits = datasets.DatasetDict(train=rows.select([0, 1, 2]), val=rows.select([3]))
     splits.save_to_disk(folder / "two")
     return folder
@@ -47,10 +49,23 @@ def test_a_saved_split_still_answers_to_its_name(saved, tmp_path):
         ("file.parquet", {"name": "small"}, "has no configurations"),
         ("file.parquet", {"revision": "v1"}, "is a local path, which has no revisions. Leave out revision='v1'"),
         ("one", {"revision": "v1"}, "is a local path, which has no revisions"),
+        ("two", {"split": ["val"]}, r"split must be the name of one split, got \['val'\]"),
         ("none", {}, "No dataset could be loaded from"),
+        ("broken", {}, "No dataset could be loaded from .*Parquet"),
     ],
 )
 def test_what_a_path_cannot_give_is_refused(saved, tmp_path, monkeypatch, name, arguments: dict[str, Any], message):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(ConfigError, match=message):
         load_hf_dataset(saved / name, **arguments)
+
+
+@pytest.mark.parametrize("path", [None, 3, ""])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(ConfigError, match=r"path must be a folder, a \.parquet file or a repository"):
+        load_hf_dataset(path)
+
+
+def test_a_data_set_is_not_saved_over_a_file(saved):
+    with pytest.raises(ConfigError, match=r"but '.*file\.parquet' is a file"):
+        save_hf_dataset(load_hf_dataset(saved / "one").dataset, saved / "file.parquet")

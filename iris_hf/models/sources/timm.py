@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from iris_hf.errors import ConfigError, DataError, MissingDependencyError, unknown_name
+from iris_hf.errors import ConfigError, DataError, MissingDependencyError, require_names, unknown_name
 from iris_hf.models.classifier import ImageClassifier, ImageEncoder
 from iris_hf.models.image_spec import ImageSpec, make_image_spec
 from iris_hf.models.recipe import record
@@ -71,6 +71,8 @@ def create_timm_model(
         raise unknown_name("timm model", name, timm.list_models())
     if num_classes < 0:
         raise ConfigError(f"num_classes must be 0 (an encoder) or positive, got {num_classes}.")
+    if class_names is not None:
+        require_names("class_names", class_names)
     if class_names is not None and len(class_names) != num_classes:
         raise ConfigError(f"There are {len(class_names)} class_names, but num_classes={num_classes}. Make them agree.")
     if target_type not in ("multiclass", "multilabel"):

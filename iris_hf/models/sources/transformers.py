@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from iris_hf.errors import ConfigError, DataError, unknown_name
+from iris_hf.errors import ConfigError, DataError, require_names, unknown_name
 from iris_hf.losses.contrastive import ContrastiveKind
 from iris_hf.models.classifier import ImageClassifier, ImageEncoder
 from iris_hf.models.contrastive import ImageTextContrastiveModel
@@ -276,8 +276,7 @@ def _set_classes(
         if not pretrained:
             raise ConfigError("A model without pretrained weights needs class_names.")
         class_names = [str(settings.id2label[i]) for i in range(settings.num_labels)]
-    if not class_names or isinstance(class_names, str):
-        raise ConfigError(f"class_names must be a list of at least one name, got {class_names!r}.")
+    require_names("class_names", class_names)
     settings.id2label = dict(enumerate(map(str, class_names)))
     settings.label2id = {name: i for i, name in settings.id2label.items()}
     if target_type in _PROBLEM_TYPES:
