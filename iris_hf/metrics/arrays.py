@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,21 @@ def to_tensor(values: Any, name: str) -> Tensor:
         return torch.from_numpy(array)
     except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"{name} cannot become one array of numbers: {error}.") from error
+
+
+def to_list(values: Any, name: str) -> list[Any]:
+    """Return what belongs to each image as a list.
+
+    Args:
+        values: One item for each image.
+        name: What the message calls it.
+
+    Raises:
+        DataError: If it is nothing to go through.
+    """
+    if not isinstance(values, Iterable):
+        raise DataError(f"The {name} must be a list with an item for each image, got {values!r}.")
+    return list(values)
 
 
 def to_numpy(values: Any, name: str) -> npt.NDArray[Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from iris_hf.errors import ConfigError, DataError, MissingDependencyError, unknown_name
-from iris_hf.metrics.arrays import to_numpy
+from iris_hf.metrics.arrays import to_list, to_numpy
 
 Array = npt.NDArray[Any]
 IouType = Literal["bbox", "segm"]
@@ -120,7 +120,7 @@ class DetectionStatistics:
 
     def update(self, predictions: Iterable[Any], targets: Iterable[Any]) -> None:
         """Add images; see :func:`evaluate_detection_average_precision` for the format and errors."""
-        predictions, targets = list(predictions), list(targets)
+        predictions, targets = to_list(predictions, "predictions"), to_list(targets, "targets")
         if len(predictions) != len(targets):
             raise DataError(
                 f"Predictions of {len(predictions)} images but targets of {len(targets)}: each image needs both, "

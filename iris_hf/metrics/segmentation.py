@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iris_hf.errors import DataError
-from iris_hf.metrics.arrays import to_tensor
+from iris_hf.errors import DataError, require_integer
+from iris_hf.metrics.arrays import to_list, to_tensor
 
 IGNORE_INDEX = 255
 NO_CLASS = -1
@@ -46,6 +46,8 @@ class IoUStatistics:
     """Per class, the pixels that are its own, that were predicted as it, and both."""
 
     def __init__(self, *, ignore_index: int | None = IGNORE_INDEX) -> None:
+        if ignore_index is not None:
+            require_integer("ignore_index", ignore_index)
         self._ignore_index = ignore_index
         self._counts = torch.zeros(3, 0, dtype=torch.int64)  # [target | predicted | both, class]
         self._num_images = 0
@@ -55,7 +57,7 @@ class IoUStatistics:
 
     def update(self, predictions: Iterable[Any], targets: Iterable[Any]) -> None:
         """Count a batch; see :func:`evaluate_mean_iou` for shapes and errors."""
-        predictions, targets = list(predictions), list(targets)
+        predictions, targets = to_list(predictions, "predictions"), to_list(targets, "targets")
         if len(predictions) != len(targets):
             raise DataError(f"Predictions of {len(predictions)} images but targets of {len(targets)}.")
         counts = self._counts

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from iris_hf.errors import ConfigError, DataError, unknown_name
+from iris_hf.errors import ConfigError, DataError, require_integer, unknown_name
 from iris_hf.losses.contrastive import ContrastiveKind
 from iris_hf.losses.criterion import ContrastiveCriterion
 from iris_hf.models.image_spec import ImageSpec
@@ -324,8 +324,8 @@ def _projection(
     what: str, model: nn.Module, feature_dim: int | None, projection_dim: int | None
 ) -> nn.Linear | nn.Identity:
     for name, dim in ((f"{what}_feature_dim", feature_dim), ("projection_dim", projection_dim)):
-        if dim is not None and dim < 1:
-            raise ConfigError(f"{name} must be positive, got {dim}.")
+        if dim is not None:
+            require_integer(name, dim, at_least=1)
     known = getattr(model, "feature_dim", None)
     if feature_dim is not None and isinstance(known, int) and known != feature_dim:
         raise ConfigError(

@@ -39,7 +39,7 @@ class FeatureExtractor(nn.Module):
         self.training = model.training
         if output_module_name is not None:
             parts = {name: part for name, part in model.named_modules(remove_duplicate=False) if name}
-            if output_module_name not in parts:
+            if not isinstance(output_module_name, str) or output_module_name not in parts:
                 raise unknown_name(f"module of {type(model).__name__}", output_module_name, parts)
             self._stop = _Stop()
             parts[output_module_name].register_forward_hook(self._stop)

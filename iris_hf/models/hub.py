@@ -59,6 +59,10 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
 
     from iris_hf.models.sources.transformers import hf_network, save_image_processor
 
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got {model!r}.")
+    if not isinstance(folder, (str, Path)) or Path(folder).is_file():
+        raise ConfigError(f"A model is saved in a folder, not as {str(folder)!r}.")
     recipe = recipe_of(model)
     if recipe is None:
         raise ConfigError(

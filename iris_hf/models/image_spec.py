@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from iris_hf.errors import ConfigError, unknown_name
+from iris_hf.errors import ConfigError, require_integer, require_number, unknown_name
 
 ResizeRule = Literal["crop", "squash", "fit"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -46,12 +46,17 @@ class ImageSpec:
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            values = tuple(float(v) for v in getattr(self, name))
+            given = getattr(self, name)
+            try:
+                values = tuple(float(v) for v in given)
+            except (TypeError, ValueError):
+                values = ()
             if len(values) != 3:
-                raise ConfigError(f"image_spec: {name} needs three values, got {values}.")
+                raise ConfigError(f"image_spec: {name} needs three values, got {given!r}.")
             object.__setattr__(self, name, values)
-        if min(self.height, self.width) < 1:
-            raise ConfigError(f"image_spec: height and width must be positive, got {self.height} x {self.width}.")
+        for name in ("height", "width"):
+            require_integer(f"image_spec: {name}", getattr(self, name), at_least=1)
+        require_number("image_spec: crop_fraction", self.crop_fraction)
         if min(self.std) <= 0:
             raise ConfigError(f"image_spec: std must be positive, got {self.std}.")
         if not 0 < self.crop_fraction <= 1:
@@ -88,6 +93,8 @@ def make_image_spec(known: Mapping[str, Any], override: ImageSpec | Mapping[str,
     """
     if isinstance(override, ImageSpec):
         return override
+    if override is not None and not isinstance(override, Mapping):
+        raise ConfigError(f"image_spec must be an ImageSpec or a mapping such as {{'height': 64}}, got {override!r}.")
     fields = {f.name for f in dataclasses.fields(ImageSpec)}
     for name in override or {}:
         if name not in fields:

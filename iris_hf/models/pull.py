@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from iris_hf.errors import DataError, IrisHFError, unknown_name
+from iris_hf.errors import ConfigError, DataError, IrisHFError, unknown_name
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
 T = TypeVar("T")
@@ -26,6 +26,8 @@ def fetch(folder_or_repo_id: str | Path, *, revision: str | None, local_files_on
         DataError: If a revision of a local folder is asked, there is no such repository, it is not shown to this token,
             or it cannot be reached.
     """
+    if not isinstance(folder_or_repo_id, (str, Path)):
+        raise ConfigError(f"A model is read from a folder or a repository of the Hub, not from {folder_or_repo_id!r}.")
     path = Path(folder_or_repo_id)
     if path.is_dir():
         if revision is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import PIL.Image
 import torch
 from torch import Tensor, nn
 
@@ -92,11 +93,13 @@ class ImageTransform:
             A float32 tensor `[3, H, W]` in [0, 1], and the target (left out if none was given; None stays None).
 
         Raises:
-            DataError: If boxes or masks have another format or size.
+            DataError: If the image is none, or boxes or masks have another format or size.
         """
         from torchvision.transforms import v2
         from torchvision.transforms.v2 import functional as F
 
+        if not isinstance(image, (PIL.Image.Image, Tensor)):
+            raise DataError(f"An image is a PIL image or a tensor [3, H, W], not a {type(image).__name__}.")
         image = image if isinstance(image, Tensor) else image.convert("RGB")
         _, height, width = F.get_dimensions(image)
         steps = self._random_steps(image) if self.train else self._steps(height, width)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from iris_hf.errors import ConfigError, DataError
+from iris_hf.errors import DataError, require_integer
 
 
 def build_zero_shot_classifier(
@@ -37,8 +38,7 @@ def build_zero_shot_classifier(
         DataError: If there are no texts, the lengths differ, a class index is no integer in [0, num_classes), a
             feature is not finite, or the scale is not one number.
     """
-    if num_classes < 1:
-        raise ConfigError(f"num_classes must be positive, got {num_classes}.")
+    require_integer("num_classes", num_classes, at_least=1)
     features = _features(text_features)
     classes = _classes(text_classes, len(features), num_classes).to(features.device)
     weight = features.new_zeros(num_classes, features.shape[1]).index_add_(0, classes, features)
@@ -56,6 +56,11 @@ def build_zero_shot_classifier(
 
 def _features(text_features: Tensor | Sequence[Tensor]) -> Tensor:
     if not isinstance(text_features, Tensor):
+        if not isinstance(text_features, Sequence) or not all(isinstance(f, Tensor) for f in text_features):
+            raise DataError(
+                "text_features must be a tensor [N, F] or a list of tensors [F] (torch.as_tensor makes one), not a "
+                f"{type(text_features).__name__}."
+            )
         lengths = {tuple(f.shape) for f in text_features}
         if len(lengths) != 1:
             raise DataError(f"text_features must be tensors of one shape [F], got {sorted(lengths)}.")
@@ -74,7 +79,10 @@ def _features(text_features: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def _classes(text_classes: Tensor | Sequence[int], num_texts: int, num_classes: int) -> Tensor:
-    classes = torch.as_tensor(text_classes)
+    try:
+        classes = torch.as_tensor(text_classes)
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(f"text_classes must be integers [N] or [N, 1], got {text_classes!r}.") from None
     is_whole = not classes.is_floating_point() or bool((classes == classes.round()).all())
     if not is_whole or classes.ndim > 2 or classes.shape[1:] not in ((), (1,)):
         raise DataError(
@@ -96,6 +104,8 @@ def _classes(text_classes: Tensor | Sequence[int], num_texts: int, num_classes: 
 
 
 def _scale(logit_scale: Tensor | float) -> Tensor:
+    if not isinstance(logit_scale, (Tensor, Real)):
+        raise DataError(f"logit_scale must be one number, got {logit_scale!r}.")
     scale = torch.as_tensor(logit_scale).detach()
     if scale.numel() != 1:
         raise DataError(f"logit_scale must be one number, got the shape {tuple(scale.shape)}.")

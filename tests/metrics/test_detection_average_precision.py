@@ -264,6 +264,8 @@ def test_thresholds_lie_above_0_and_up_to_1(thresholds):
 
 
 def test_one_threshold_must_be_a_list_and_an_unknown_overlap_lists_the_known():
+    with pytest.raises(DataError, match="The targets must be a list with an item for each image, got 3"):
+        evaluate_detection_average_precision([[FOUND]], 3)
     with pytest.raises(ConfigError, match=r"must be a list of numbers, got 0\.5"):
         evaluate_detection_average_precision([[FOUND]], [[BOX]], iou_thresholds=0.5)
     with pytest.raises(ConfigError, match=r"Unknown iou_type 'mask'.*bbox, segm"):

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from iris_hf.errors import DataError
+from iris_hf.errors import ConfigError, DataError
 from iris_hf.metrics import evaluate_mean_iou, evaluate_multilabel_average_precision
 
 SHAPES = st.tuples(st.integers(1, 30), st.integers(1, 4))
@@ -126,3 +126,10 @@ def test_without_an_ignored_index_255_is_a_class():
 def test_segmentations_that_cannot_be_compared_are_errors(predictions, targets, message):
     with pytest.raises(DataError, match=message):
         evaluate_mean_iou(predictions, targets)
+
+
+def test_what_is_no_list_of_images_and_no_class_to_ignore_is_said():
+    with pytest.raises(DataError, match="The predictions must be a list with an item for each image, got None"):
+        evaluate_mean_iou(None, [])
+    with pytest.raises(ConfigError, match="ignore_index must be a whole number, got 'a'"):
+        evaluate_mean_iou([], [], ignore_index="a")

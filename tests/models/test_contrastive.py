@@ -231,8 +231,9 @@ def test_predictions_of_pairs_are_their_features_in_order():
     ("arguments", "message"),
     [
         ({"loss": "clop"}, r"Unknown contrastive loss 'clop'.*Known: clip, siglip, unicl"),
-        ({"projection_dim": 0}, r"projection_dim must be positive, got 0"),
-        ({"image_feature_dim": -1}, r"image_feature_dim must be positive, got -1"),
+        ({"projection_dim": 0}, r"projection_dim must be at least 1, got 0"),
+        ({"image_feature_dim": -1}, r"image_feature_dim must be at least 1, got -1"),
+        ({"projection_dim": "512"}, r"projection_dim must be a whole number, got '512'"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):

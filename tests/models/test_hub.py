@@ -150,6 +150,11 @@ def test_registered_factories_nest_and_tied_weights_stay_tied(tmp_path):
 def test_a_model_that_nobody_knows_how_to_make_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"make this Conv2d again.*register_model_factory"):
         save_pretrained(nn.Conv2d(1, 1, 1), tmp_path)
+    for folder in (None, __file__):
+        with pytest.raises(ConfigError, match="A model is saved in a folder, not as"):
+            save_pretrained(nn.Linear(1, 1), folder)
+    with pytest.raises(ConfigError, match=r"model must be a torch\.nn\.Module, got None"):
+        save_pretrained(None, tmp_path)
     model = append_classifier(nn.Conv2d(1, 1, 1), nn.Linear(1, 2), task_type="multiclass_classification")
     with pytest.raises(ConfigError, match=r"'model' of append_classifier is a Conv2d.*register_model_factory"):
         save_pretrained(model, tmp_path)
@@ -223,6 +228,8 @@ def load_file_from(content, path):
 def test_an_empty_folder_and_an_unknown_repository_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"holds no model: neither iris_hf.json nor the config.json"):
         from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"from a folder or a repository of the Hub, not from None"):
+        from_pretrained(None)
     with pytest.raises(DataError, match=r"'nobody/nothing' is no folder"):
         from_pretrained("nobody/nothing")
 

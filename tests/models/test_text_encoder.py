@@ -180,7 +180,7 @@ def test_short_tokenizers_pad_and_long_ones_leave_it_to_the_batch(tmp_path):
     fixed = create_tokenizer(str(tmp_path / "long"), max_length=3)
     assert fixed("a dog")["input_ids"].tolist() == [2, 6, 0]
     assert fixed("a big red dog")["attention_mask"].tolist() == [1, 1, 1]
-    with pytest.raises(ConfigError, match="max_length must be positive, got 0"):
+    with pytest.raises(ConfigError, match="max_length must be at least 1, got 0"):
         create_tokenizer(str(tmp_path / "long"), max_length=0)
 
 

@@ -184,6 +184,9 @@ def test_wrong_arguments_and_targets_are_refused(image):
         create_image_transform(nn.Linear(1, 1))
     with pytest.raises(ConfigError, match=r"min_scale must be in \(0, 1\], got 0"):
         create_image_transform(ImageSpec(height=1, width=1), min_scale=0)
+    for no_image in ("cat.png", np.zeros((4, 4, 3), np.uint8), None):
+        with pytest.raises(DataError, match=r"An image is a PIL image or a tensor .*, not a (str|ndarray|NoneType)"):
+            create_image_transform(ImageSpec(height=1, width=1))(no_image)
     with pytest.raises(DataError, match=r"tensor \[num_boxes, 5\].*got \(4,\)"):
         create_image_transform(Needs("detection", height=8, width=8))(image, torch.zeros(4))
     with pytest.raises(DataError, match=r"tensor \(num_classes, 40, 60\), got \(3, 60, 40\)"):
@@ -193,7 +196,10 @@ def test_wrong_arguments_and_targets_are_refused(image):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"height": 0}, "height and width must be positive, got 0 x 8"),
+        ({"height": 0}, "image_spec: height must be at least 1, got 0"),
+        ({"width": "8"}, "image_spec: width must be a whole number, got '8'"),
+        ({"mean": 0.5}, "mean needs three values, got 0.5"),
+        ({"crop_fraction": "1"}, "crop_fraction must be a finite number, got '1'"),
         ({"std": (1, 0, 1)}, "std must be positive"),
         ({"mean": (0.5,)}, "mean needs three values"),
         ({"resize": "crops"}, "Unknown image_spec resize 'crops'. Did you mean 'crop'"),

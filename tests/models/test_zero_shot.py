@@ -87,7 +87,12 @@ def test_classes_without_a_text_get_zeros_and_one_warning():
         ([torch.ones(2), torch.ones(3)], [0, 1], {}, DataError, r"got \[\(2,\), \(3,\)\]"),
         (torch.tensor([[1.0], [float("nan")]]), [0, 1], {}, DataError, "The features of text 1 are not finite"),
         (make_features(2), [0, 1], {"logit_scale": torch.ones(2)}, DataError, r"one number, got the shape \(2,\)"),
-        (make_features(2), [0, 1], {"num_classes": 0}, ConfigError, "num_classes must be positive, got 0"),
+        (make_features(2), [0, 1], {"num_classes": 0}, ConfigError, "num_classes must be at least 1, got 0"),
+        (make_features(2), [0, 1], {"num_classes": "3"}, ConfigError, "num_classes must be a whole number, got '3'"),
+        (make_features(2), ["a", "b"], {}, DataError, r"must be integers \[N\] or \[N, 1\], got \['a', 'b'\]"),
+        (make_features(2), [0, 1], {"logit_scale": "4"}, DataError, "logit_scale must be one number, got '4'"),
+        ([[1.0], [2.0]], [0, 1], {}, DataError, r"a list of tensors \[F\] .*, not a list"),
+        (None, [0, 1], {}, DataError, "not a NoneType"),
     ],
 )
 def test_wrong_arguments_are_refused(features, classes, arguments, error, message):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from iris_hf.errors import ConfigError, DataError, IrisHFError, unknown_name
+from iris_hf.errors import ConfigError, DataError, IrisHFError, require_integer, unknown_name
 from iris_hf.losses.contrastive import ContrastiveKind
 from iris_hf.models.classifier import ImageEncoder
 from iris_hf.models.contrastive import ImageTextContrastiveModel, choose_loss
@@ -57,6 +57,8 @@ def create_open_clip_model(
     if "multimodal_cfg" in architecture:
         raise ConfigError(f"{name} is a captioner (CoCa) rather than two towers. Choose a CLIP or SigLIP model.")
     architecture.pop("custom_text", None)
+    if pretrained is not None and not isinstance(pretrained, (str, Path)):
+        raise ConfigError(f"pretrained must be a tag such as 'openai', or a file, got {pretrained!r}.")
     if pretrained is not None and not Path(pretrained).is_file():
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained not in tags:
@@ -169,8 +171,8 @@ def create_tokenizer(name_or_model: str | Path | nn.Module, *, max_length: int |
     name = getattr(name_or_model, "tokenizer_name", None) if isinstance(name_or_model, nn.Module) else name_or_model
     if name is None:
         raise ConfigError(f"{type(name_or_model).__name__} has no tokenizer. Pass the name of one.")
-    if max_length is not None and max_length < 1:
-        raise ConfigError(f"max_length must be positive, got {max_length}.")
+    if max_length is not None:
+        require_integer("max_length", max_length, at_least=1)
     text_model = getattr(name_or_model, "text_model", name_or_model)
     limit = getattr(text_model, "max_length", None)
     if max_length is not None and limit is not None and max_length > limit:

@@ -16,6 +16,7 @@ from iris_hf.models.sources.transformers import (
     is_stored,
     load_network,
     make_config,
+    naming_the_config,
     refuse_wrong_weights,
 )
 from iris_hf.models.text_encoder import Pooling, TextEncoder
@@ -102,7 +103,8 @@ def _create(
             wrong |= {"missing_keys": missing} if missing else {}
         refuse_wrong_weights(source, wrong)
     else:
-        network = auto_class.from_config(settings, trust_remote_code=False)
+        with naming_the_config(settings.model_type):
+            network = auto_class.from_config(settings, trust_remote_code=False)
     network.train()
     if pooling == "pooler" and getattr(network, "pooler", None) is None:
         raise ConfigError(f"{type(network).__name__} has no pooler. Choose pooling 'mean', 'cls' or 'last'.")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from iris_hf.errors import ConfigError, DataError, MissingDependencyError, require_names, unknown_name
+from iris_hf.errors import ConfigError, DataError, MissingDependencyError, require_integer, require_names, unknown_name
 from iris_hf.models.classifier import ImageClassifier, ImageEncoder
 from iris_hf.models.image_spec import ImageSpec, make_image_spec
 from iris_hf.models.recipe import record
@@ -67,10 +67,9 @@ def create_timm_model(
     """
     import timm
 
-    if not timm.is_model(name):
+    if not isinstance(name, str) or not timm.is_model(name):
         raise unknown_name("timm model", name, timm.list_models())
-    if num_classes < 0:
-        raise ConfigError(f"num_classes must be 0 (an encoder) or positive, got {num_classes}.")
+    require_integer("num_classes", num_classes, at_least=0)
     if class_names is not None:
         require_names("class_names", class_names)
     if class_names is not None and len(class_names) != num_classes:
@@ -80,8 +79,17 @@ def create_timm_model(
     if pretrained and weights is not None:
         raise ConfigError(f"pretrained=True and weights={str(weights)!r} are two sources of weights. Give one.")
 
+    if weights is not None and not isinstance(weights, (str, Path)):
+        raise ConfigError(f"weights must be a file or a pip: name, got {weights!r}.")
+    if config is not None and not isinstance(config, Mapping):
+        raise ConfigError(f"config must be a mapping such as {{'img_size': 64}}, got {config!r}.")
+
     arguments = dict(config or {})
-    network = timm.create_model(name, num_classes=num_classes, pretrained=pretrained, **arguments)
+    try:
+        network = timm.create_model(name, num_classes=num_classes, pretrained=pretrained, **arguments)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        way_out = " Without the Hub give weights=..., or pretrained=False." if pretrained else ""
+        raise ConfigError(f"timm cannot make {name!r} with config={arguments!r}: {error}{way_out}") from error
     known = _image_spec_fields(timm.data.resolve_model_data_config(network, args=_size_argument(arguments)), network)
     if weights is not None:
         if str(weights) in PACKAGED_WEIGHTS:

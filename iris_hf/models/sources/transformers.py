@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -193,7 +194,8 @@ def _create(
         if exact or target_type == "image_text":
             refuse_wrong_weights(source, wrong)
     else:
-        network = auto_class.from_config(settings, trust_remote_code=False)
+        with naming_the_config(settings.model_type):
+            network = auto_class.from_config(settings, trust_remote_code=False)
         for name, parameter in network.named_parameters():
             if "backbone" in name:  # DETR freezes its backbone, which has learnt nothing here
                 parameter.requires_grad_(True)
@@ -309,6 +311,8 @@ def make_config(source: Any, changes: Mapping[str, Any], *, pretrained: bool) ->
     import transformers
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    if not isinstance(changes, Mapping):
+        raise ConfigError(f"config must be a mapping such as {{'image_size': 64}}, got {changes!r}.")
     changes = copy.deepcopy(dict(changes))
     if pretrained and not isinstance(source, str | Path):
         raise ConfigError("A configuration has no weights. Pass pretrained=False, or the name or folder of a model.")
@@ -319,12 +323,12 @@ def make_config(source: Any, changes: Mapping[str, Any], *, pretrained: bool) ->
             raise unknown_name("model_type", model_type, CONFIG_MAPPING)
         if "transformers_version" not in values:
             _check_fields(CONFIG_MAPPING[model_type], values)
-        settings = CONFIG_MAPPING[model_type].from_dict(_settle_backbone(values, model_type))
+        settings = _configured(CONFIG_MAPPING[model_type], _settle_backbone(values, model_type))
     elif isinstance(source, transformers.PretrainedConfig):
         settings = copy.deepcopy(source)
     elif _is_model_type(source, pretrained):
         _check_fields(CONFIG_MAPPING[str(source)], changes)
-        return CONFIG_MAPPING[str(source)].from_dict(_settle_backbone(changes, str(source)))
+        return _configured(CONFIG_MAPPING[str(source)], _settle_backbone(changes, str(source)))
     else:
         try:
             settings = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
@@ -333,10 +337,28 @@ def make_config(source: Any, changes: Mapping[str, Any], *, pretrained: bool) ->
             raise DataError(f"There is no configuration of transformers at {str(source)!r}: {error}{types}") from error
     if changes:
         _check_fields(type(settings), changes)
-        settings = type(settings).from_dict({**settings.to_dict(), **changes})
+        settings = _configured(type(settings), {**settings.to_dict(), **changes})
     if getattr(settings, "use_pretrained_backbone", False):
         settings.use_pretrained_backbone = False  # the weights come from the model itself, or are to be random
     return settings
+
+
+def _configured(kind: Any, values: dict[str, Any]) -> Any:
+    with naming_the_config(kind.model_type):
+        return kind.from_dict(values)
+
+
+@contextmanager
+def naming_the_config(model_type: str) -> Iterator[None]:
+    """Say that it is the configuration which transformers or torch refuse, by whatever error of theirs."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"transformers cannot make a {model_type!r} of this config: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _settle_backbone(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
