@@ -23,7 +23,7 @@ from onnx_models import FURTHER, enliven, far_from_exact  # noqa: E402
 from iris_hf.errors import ConfigError  # noqa: E402
 from iris_hf.export.cases import Free, make_cases  # noqa: E402
 from iris_hf.export.check import compare  # noqa: E402
-from iris_hf.export.examples import choose_size, make_inputs, split_inputs  # noqa: E402
+from iris_hf.export.examples import choose_size, image_spec_of, make_inputs, split_inputs  # noqa: E402
 from iris_hf.export.graph import make_graph  # noqa: E402
 from iris_hf.export.onnx import export_onnx_model  # noqa: E402
 from iris_hf.export.precision import convert  # noqa: E402
@@ -37,6 +37,8 @@ def main(names: list[str]) -> None:
     for name in names:
         size = FAMILIES[name].size if name in FAMILIES else 32
         model = FURTHER[name]() if name in FURTHER else make(name)
+        spec = image_spec_of(model)
+        size = size if spec is None or spec.variable_size else spec.height
         print(f"| {name} | {' | '.join(measure(enliven(model, size), size))} |", flush=True)
 
 
