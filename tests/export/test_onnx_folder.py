@@ -171,7 +171,7 @@ def test_folders_that_hold_no_export_are_refused(tmp_path):
     for damage, message in (
         ({"prediction": {}}, r"is damaged: prediction is \{\}. Export the model anew"),
         ({"prediction": {"boxes": "detections"}}, r"is damaged: prediction is"),
-        ({"image_spec": {"height": 0, "width": 3}}, r"is damaged: .*must be positive, got 0 x 3. \(image_spec\)"),
+        ({"image_spec": {"height": 0, "width": 3}}, r"is damaged: .*height must be.*got 0"),
         ({"image_spec": {"depth": 3}}, r"is damaged: .*'depth' \(image_spec\)"),
     ):
         description.write_text(json.dumps({**stored, **damage}))
