@@ -28,7 +28,7 @@ class SaveBest(Plugin):
     whole. With the plugin ema, the saved weights are the averaged ones, which were validated.
 
     Attributes:
-        folder: Absent, empty, or written by this plugin before.
+        folder: Absent, empty, or written by this plugin before. Nothing else may write to it.
         metric: `val_loss`, or what the plugin val_metrics measures.
         mode: Whether `min` or `max` is better; needed for anything but `val_loss`.
     """
@@ -36,9 +36,10 @@ class SaveBest(Plugin):
     def __init__(self, folder: str | Path, metric: str = "val_loss", mode: Literal["min", "max"] | None = None) -> None:
         self.folder = Path(folder)
         self._best = Best(metric, mode)
+        self._own: set[str] = set()
 
     def on_train_start(self, state: TrainState) -> None:
-        """Refuse a run without validations, or whose folder holds other things.
+        """Refuse a run without validations, or whose folder holds other things, or will.
 
         Raises:
             ConfigError: In these cases.
@@ -46,6 +47,13 @@ class SaveBest(Plugin):
         require_validation(state, "save_best")
         if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / _INFO).is_file():
             raise ConfigError(f"save_best replaces its folder, and {str(self.folder)!r} holds other things.")
+        checkpoints = state.config.get("checkpoint_dir")
+        if checkpoints is not None and Path(checkpoints).resolve().is_relative_to(self.folder.resolve()):
+            raise ConfigError(
+                f"save_best replaces its folder, and {str(self.folder)!r} would hold the checkpoints of "
+                f"checkpoint_dir={str(checkpoints)!r}. Give it another one, such as {str(Path(checkpoints, 'best'))!r}."
+            )
+        self._own = _names_in(self.folder)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
 
     def on_validation_end(self, state: TrainState) -> None:
@@ -72,10 +80,20 @@ class SaveBest(Plugin):
             shutil.rmtree(leftover, ignore_errors=True)
         _save(model, new)
         (new / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        if others := _names_in(self.folder) - self._own:
+            raise ConfigError(
+                f"save_best replaces its folder, and {str(self.folder)!r} now holds other things: "
+                f"{', '.join(sorted(others))}. Give it a folder of its own; the best model so far is in {str(new)!r}."
+            )
+        self._own = _names_in(new)
         if self.folder.exists():
             self.folder.rename(old)
         new.rename(self.folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 def _save(model: nn.Module, folder: Path) -> None:
