@@ -16,11 +16,8 @@ import logging
 import math
 import os
 import shutil
-import signal
-import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from iris_hf.errors import ConfigError, DataError
+from iris_hf.training.facts import RunFacts, another_run
 from iris_hf.training.storage import read_state, write_state
 
 if TYPE_CHECKING:
@@ -35,55 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PREEMPTED = 75
-"""Exit code of a run that SIGTERM ended after its checkpoint was written: EX_TEMPFAIL, run it again."""
-
 _FORMAT, _INFO, _NAME = 1, "checkpoint.json", "step-{step:08d}"
 _PARTIAL, _ASIDE = ".partial-", "aside-"
-
-
-class Preempted(SystemExit):
-    """Ends a process that was asked to by SIGTERM, after its checkpoint was written; the exit code is 75."""
-
-    def __init__(self, code: int = PREEMPTED) -> None:
-        super().__init__(code)
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """What makes two runs the same run, step by step.
-
-    Attributes:
-        random_seed: The seed.
-        num_examples: Examples in the train set; None for a stream of unknown length.
-        examples_per_step: Examples of all processes in a full step.
-        num_epochs: Epochs asked for, which the learning-rate curve depends on.
-        steps_per_epoch: Optimizer steps in an epoch.
-        optimizer: Its name.
-        base_lr: The base learning rate.
-        lr_scheduler: The configuration of the curve, as JSON.
-        weight_decay: The weight decay.
-        momentum: The momentum.
-        nesterov: Whether it is Nesterov's.
-        num_stream_parts: Parts that a stream is read in; None for a map-style data set.
-        num_stream_shards: Shards of a stream, where that is known.
-        stream_shuffled_by: Stands for the seed and the buffer that a stream is shuffled by.
-    """
-
-    random_seed: int
-    num_examples: int | None
-    examples_per_step: int
-    num_epochs: int
-    steps_per_epoch: int
-    optimizer: str
-    base_lr: float
-    lr_scheduler: str
-    weight_decay: float
-    momentum: float
-    nesterov: bool
-    num_stream_parts: int | None = None
-    num_stream_shards: int | None = None
-    stream_shuffled_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +47,7 @@ class Progress:
         val_loss: The last validation's loss.
         is_validated: Whether that validation was of these very weights.
         stop_reason: Why the run has ended early, if it has.
+        best_val_loss: The least loss of all validations; None before the first.
     """
 
     epoch: int
@@ -103,6 +55,7 @@ class Progress:
     val_loss: float | None
     is_validated: bool
     stop_reason: str | None
+    best_val_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -129,12 +82,12 @@ class Checkpoint:
 
     @property
     def optimizer(self) -> dict[str, Any]:
-        """States of the optimizer and of the gradient scaler."""
+        """States of the optimizer and of the gradient scaler, and the names of the parameters in each group."""
         optimizer: dict[str, Any] = read_state(self.folder / "optimizer.safetensors")
         return optimizer
 
     def of_rank(self, rank: int) -> dict[str, Any]:
-        """Return `buffers` and `plugins` of a process; of the first where there were fewer."""
+        """Return `buffers`, `plugins` and so on of a process; of the first where there were fewer."""
         state: dict[str, Any] = read_state(self.folder / _rank_file(rank if rank < self.world_size else 0))
         return state
 
@@ -144,14 +97,12 @@ class Checkpoint:
         Raises:
             ConfigError: If it would be another run; the message names what differs.
         """
-        before, now = asdict(self.facts), asdict(facts)
-        different = [f"{name} was {before[name]!r}, now {now[name]!r}" for name in before if before[name] != now[name]]
-        if different:
-            shuffle = " Give shuffle the seed and the buffer_size that it had." if facts.stream_shuffled_by else ""
-            raise ConfigError(
-                f"The checkpoint {str(self.folder)!r} belongs to another run: {'; '.join(different)}. On another "
-                f"number of processes, change batch_size so that a step has as many examples as before.{shuffle} To "
-                "start afresh, leave out resume or choose another checkpoint_dir."
+        if different := facts.differences(self.facts):
+            shuffle = ". Give shuffle the seed and the buffer_size that it had" if facts.stream_shuffled_by else ""
+            raise another_run(
+                self.folder,
+                f"{'; '.join(different)}. On another number of processes, change batch_size so that all together have "
+                "as many examples as before in a micro-batch, or at least in a step and in an epoch" + shuffle,
             )
 
 
@@ -173,7 +124,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{str(folder)!r} is no complete checkpoint: {error}") from error
+        inside = _list(folder)
+        hint = f", but holds {inside[-1].name!r}" if inside else f": {error}"
+        raise DataError(f"{str(folder)!r} is no complete checkpoint{hint}.") from error
 
 
 def find_checkpoint(resume: str | Path | None, checkpoint_dir: str | Path | None) -> Checkpoint | None:
@@ -189,7 +142,10 @@ def find_checkpoint(resume: str | Path | None, checkpoint_dir: str | Path | None
     if resume is None:
         return None
     if resume != "auto":
-        return open_checkpoint(Path(resume))
+        try:
+            return open_checkpoint(Path(resume))
+        except DataError as error:
+            raise DataError(f"{error} resume='auto' goes on from the newest good one in checkpoint_dir.") from error
     assert checkpoint_dir is not None
     for folder in reversed(_list(Path(checkpoint_dir))):
         try:
@@ -207,7 +163,7 @@ class CheckpointWriter:
         keep: How many of the newest to keep; the one of least validation loss is kept besides.
 
     Raises:
-        ConfigError: If the directory holds checkpoints and nobody asked to go on from them.
+        ConfigError: If the directory holds checkpoints of another run, or nobody asked to go on from them.
     """
 
     def __init__(
@@ -221,8 +177,10 @@ class CheckpointWriter:
         step: int,
     ) -> None:
         self.directory = Path(directory)
-        later = [folder for folder in _list(self.directory) if folder.name > _NAME.format(step=step)]
-        if not resumed and _list(self.directory):
+        found = _list(self.directory)
+        later = [folder for folder in found if folder.name > _NAME.format(step=step)]
+        known = [described for folder in found if folder not in later and (described := _describe(folder))]
+        if (found and not resumed) or any(others != facts for others, _ in known):
             raise ConfigError(
                 f"checkpoint_dir={str(directory)!r} holds the checkpoints of another run. resume='auto' goes on from "
                 "them; to start afresh, choose another folder or empty this one."
@@ -238,6 +196,9 @@ class CheckpointWriter:
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in self.directory.glob(f"{_PARTIAL}*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        probe = self.directory / f"{_PARTIAL}probe"
+        probe.mkdir()  # a folder that cannot be written to is no matter for the first checkpoint, hours later
+        probe.rmdir()
         for folder in later:  # damaged, or of a future that this run does not have
             aside = folder.with_name(f"{_ASIDE}{folder.name}")
             logger.warning("Going on from step %d: %s is put aside as %s.", step, folder, aside.name)
@@ -282,8 +243,8 @@ class CheckpointWriter:
         """
         partial = self.directory / f"{_PARTIAL}{_NAME.format(step=progress.step)}"
         what = (
-            f"The checkpoint of step {progress.step} cannot be written to {str(self.directory)!r}. Earlier ones are as "
-            "they were: make room, and resume"
+            f"The checkpoint of step {progress.step} cannot be written to {str(self.directory)!r}, where earlier ones "
+            "are as they were"
         )
 
         def begin() -> None:
@@ -335,14 +296,12 @@ class CheckpointWriter:
     def _remove_old(self) -> None:
         folders = _list(self.directory)
         kept = set(folders[-self.keep :])
-        losses = {}
+        losses: dict[Path, float] = {}
         for folder in folders:
-            try:
-                progress = json.loads((folder / _INFO).read_text(encoding="utf-8"))["progress"]
-            except (OSError, ValueError, KeyError):
-                continue  # a damaged one is passed over on resuming, too
-            if progress["is_validated"] and not math.isnan(progress["val_loss"]):
-                losses[folder] = progress["val_loss"]
+            described = _describe(folder)  # a damaged one is passed over on resuming, too
+            loss = described[1].val_loss if described is not None and described[1].is_validated else None
+            if loss is not None and not math.isnan(loss):
+                losses[folder] = loss
         if losses:
             kept.add(min(losses, key=losses.__getitem__))
         for folder in folders:
@@ -352,42 +311,18 @@ class CheckpointWriter:
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
-class TerminationFlag:
-    """Whether SIGTERM has arrived at any process of the run."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self._is_set = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Note SIGTERM instead of dying of it. Only a main thread can; in another the signal acts as before."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(*_: Any) -> None:
-            self._is_set = True
-
-        before = signal.signal(signal.SIGTERM, note)
-        try:
-            yield
-        finally:
-            # Who leaves because of one ignores the next: launchers pass on what the whole process group got.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN if self._is_set else before)
-
-    def is_set_anywhere(self) -> bool:
-        """Ask all processes; every one has to at the same step."""
-        if self.accelerator.num_processes == 1:
-            return self._is_set
-        flag = torch.tensor(int(self._is_set), device=self.accelerator.device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
-
-
 def _list(directory: Path) -> list[Path]:
     """The folders of checkpoints, oldest first."""
     return sorted(folder for folder in directory.glob("step-*") if folder.is_dir())
+
+
+def _describe(folder: Path) -> tuple[RunFacts, Progress] | None:
+    """Read what a checkpoint says of itself; None of a damaged one."""
+    try:
+        info = json.loads((folder / _INFO).read_text(encoding="utf-8"))
+        return RunFacts(**info["facts"]), Progress(**info["progress"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _attempt(action: Callable[[], None]) -> str | None:
@@ -396,8 +331,10 @@ def _attempt(action: Callable[[], None]) -> str | None:
 
     try:
         action()
-    except (OSError, SafetensorError, ConfigError) as error:
+    except ConfigError as error:
         return str(error)
+    except (OSError, SafetensorError) as error:
+        return f"{error}. Make room or give write access, and resume."
     return None
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from iris_hf.engine.accelerator import Device
 from iris_hf.engine.plugins import Plugin
@@ -25,17 +28,6 @@ OptimizerName = Literal[
     "zero_adamw",
     "zero_adamw_amsgrad",
 ]
-
-_COUNTS = ("num_epochs", "batch_size", "num_processes", "keep_checkpoints")
-_OPTIONAL_COUNTS = (
-    "accumulate_grad_batches",
-    "val_batch_size",
-    "val_check_interval_epoch",
-    "checkpoint_steps",
-    "checkpoint_epochs",
-    "steps_per_epoch",
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -75,6 +67,10 @@ class TrainConfig:
     steps_per_epoch: int | None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):  # a number of numpy is as good as Python's, but not in JSON
+                object.__setattr__(self, field.name, value.item())
         for name in _COUNTS:
             require_integer(name, getattr(self, name), at_least=1)
         for name in _OPTIONAL_COUNTS:
@@ -97,6 +93,10 @@ class TrainConfig:
                 f"val_check_interval={self.val_check_interval} and val_check_interval_epoch="
                 f"{self.val_check_interval_epoch} say different things: give one of them."
             )
+        for name, example in (("checkpoint_dir", "a folder"), ("resume", "'auto' or the folder of a checkpoint")):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str | os.PathLike) and os.fspath(value)):
+                raise ConfigError(f"{name} must be {example}, or None; got {value!r}.")
         if self.checkpoint_dir is None:
             for name in ("checkpoint_steps", "checkpoint_epochs"):
                 if getattr(self, name) is not None:

@@ -105,11 +105,11 @@ def build_optimizer(
 
 
 def load_optimizer_state(optimizer: Optimizer, stored: dict[str, Any]) -> None:
-    """Load a state; by which kernels to compute stays this run's affair."""
-    kernels = [group.get("foreach") for group in optimizer.param_groups]
+    """Load a state; the decay of each group and by which kernels to compute stay this run's affair."""
+    kept = [{name: group.get(name) for name in ("weight_decay", "foreach")} for group in optimizer.param_groups]
     optimizer.load_state_dict(stored)
-    for group, foreach in zip(optimizer.param_groups, kernels, strict=True):
-        group["foreach"] = foreach
+    for group, own in zip(optimizer.param_groups, kept, strict=True):
+        group.update(own)
 
 
 def parameter_groups(

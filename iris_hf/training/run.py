@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -18,14 +19,16 @@ from iris_hf.engine.plugins import Plugin, PluginList, TrainState
 from iris_hf.engine.rng import STEP, VALIDATION, mix, seed_generators
 from iris_hf.engine.shards import gather_nested
 from iris_hf.engine.streams import StreamBatches, StreamOnce
-from iris_hf.errors import ConfigError, DataError, noted
-from iris_hf.training.checkpoint import Checkpoint, CheckpointWriter, Preempted, Progress, RunFacts, TerminationFlag
+from iris_hf.errors import DataError, noted
+from iris_hf.training.buffers import LateBuffer, copy_buffers, extra_states, set_extra_states, unsaved_buffers
+from iris_hf.training.checkpoint import Checkpoint, CheckpointWriter, Progress
 from iris_hf.training.config import TrainConfig
+from iris_hf.training.facts import RunFacts, another_run, plain, plugin_settings, regrouping
 from iris_hf.training.layouts import lay_out_model
 from iris_hf.training.optimizers import build_optimizer, parameter_groups
 from iris_hf.training.passes import Pass, Stepper, mean_of
 from iris_hf.training.schedulers import LearningRateSchedule, LrSchedulerConfig
-from iris_hf.training.storage import copy_into
+from iris_hf.training.termination import Preempted, TerminationFlag
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -47,6 +50,7 @@ class TrainingRun:
         val_batches: Their keys.
         writer: Writes checkpoints; None for a run that keeps none.
         skipped: Train examples that could not be made on this rank, and why.
+        best_val_loss: The least loss of all validations; None before the first.
     """
 
     def __init__(
@@ -72,7 +76,9 @@ class TrainingRun:
         self.writer: CheckpointWriter | None = None
         self.termination = TerminationFlag(accelerator)
         self.skipped: dict[int | str, str] = {}
+        self.best_val_loss: float | None = None
         self._plugin_states: dict[str, Any] = {}
+        self._late_buffers: list[LateBuffer] = []
 
         groups = parameter_groups(
             module,
@@ -83,6 +89,8 @@ class TrainingRun:
             lr_scale_param_names=config.lr_scale_param_names,
         )
         self.base_lrs = [group["lr"] for group in groups]
+        names = {parameter: name.removeprefix("model.") for name, parameter in module.named_parameters()}
+        self.group_names = [[names[parameter] for parameter in group["params"]] for group in groups]
         self.layout = lay_out_model(module, groups, accelerator)
         self.optimizer = build_optimizer(
             config.optimizer,
@@ -121,21 +129,29 @@ class TrainingRun:
         self.schedule.apply(self.optimizer, self.base_lrs, state.step)
         state.validates = self.val_loader is not None
         self.plugins.notify("on_train_start", state)
+        self.restore_late_buffers()
         with self.termination.listening() if self.writer is not None else nullcontext():
             while not self.is_over():
-                self.train_epoch()
-                is_validated = False
+                if state.step < (state.epoch + 1) * state.steps_per_epoch:
+                    self.train_epoch()
+                is_validated = is_best = False
                 if self.val_loader is not None and (state.stop_reason or self.config.validates_after(state.epoch)):
+                    self.leave_if_terminated()
+                    self.restore_plugins()
                     with self.plugins.validation_context(state):
-                        self.validate()
-                    is_validated = True
+                        is_validated = self.validate()
+                    if not is_validated:
+                        self.leave_if_terminated()
+                    is_best = self.note_validation()
                 if state.stop_reason:
                     if state.is_main_process:
                         logger.warning("Stopped after step %d: %s", state.step, state.stop_reason)
                 else:
                     state.epoch += 1
                 stopped = state.stop_reason is not None
-                if self.writer is not None and self.config.keeps_after_epoch(state.epoch, state.step, stopped=stopped):
+                if self.writer is not None and (
+                    is_best or self.config.keeps_after_epoch(state.epoch, state.step, stopped=stopped)
+                ):
                     self.checkpoint(is_validated=is_validated)
                 self.leave_if_terminated()
         self.restore_plugins()
@@ -155,6 +171,15 @@ class TrainingRun:
                 "%d bad examples of the train set were skipped, and others took their places: %s. The first: %s",
                 *(len(labels), ", ".join(map(str, labels)), skipped[labels[0]]),
             )
+
+    def note_validation(self) -> bool:
+        """Return whether the last validation was the best so far."""
+        loss = self.state.val_loss
+        assert loss is not None
+        is_best = loss < (math.inf if self.best_val_loss is None else self.best_val_loss)
+        if is_best:
+            self.best_val_loss = loss
+        return is_best
 
     def is_over(self) -> bool:
         """Whether no step is left: all epochs are done, or a plugin has asked for a stop."""
@@ -195,6 +220,7 @@ class TrainingRun:
             num_stream_shards=self.batches.num_shards,
             stream_shuffled_by=self.batches.shuffled_by,
             examples_per_step=self.state.examples_per_step,
+            examples_per_epoch=len(self.batches) * self.config.batch_size * self.accelerator.num_processes,
             num_epochs=self.state.num_epochs,
             steps_per_epoch=self.state.steps_per_epoch,
             optimizer=self.config.optimizer,
@@ -203,6 +229,13 @@ class TrainingRun:
             weight_decay=self.config.weight_decay,
             momentum=self.config.momentum,
             nesterov=self.config.nesterov,
+            settings={
+                "precision": self.accelerator.mixed_precision,
+                "lr_scale_param_names": plain(self.config.lr_scale_param_names),
+                "no_weight_decay_param_names": plain(self.config.no_weight_decay_param_names),
+                "no_weight_decay_module_class_names": plain(self.config.no_weight_decay_module_class_names),
+                **plugin_settings(self.named_plugins()),
+            },
         )
 
     def checkpoint(self, *, is_validated: bool) -> None:
@@ -212,14 +245,17 @@ class TrainingRun:
         scaler = self.accelerator.scaler
         is_main = self.accelerator.is_main_process
         writer.write(
-            Progress(state.epoch, state.step, state.val_loss, is_validated, state.stop_reason),
+            Progress(state.epoch, state.step, state.val_loss, is_validated, state.stop_reason, self.best_val_loss),
             parameters=self.layout.parameters(keep=is_main),
             optimizer={
                 "optimizer": self.layout.optimizer_state(self.optimizer, keep=is_main),
                 "scaler": scaler.state_dict() if scaler is not None else {},
+                "names": self.group_names,
             },
             of_rank={
                 "buffers": dict(self.module.named_buffers()),
+                "unsaved": unsaved_buffers(self.module),
+                "extra": extra_states(self.module),
                 "plugins": gather_nested(
                     {name: saved for name, plugin in self.named_plugins() if (saved := plugin.state_dict())}
                 ),
@@ -230,14 +266,20 @@ class TrainingRun:
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint; on the main process, warn of what is not as it was.
 
         Raises:
-            ConfigError: If it holds the state of a plugin that this run doesn't have.
+            ConfigError: If the optimizer's state belongs to other parameters.
             DataError: If it is of another model.
         """
         self.layout.load_parameters(checkpoint.parameters)
         stored = checkpoint.optimizer
+        if different := regrouping(stored["names"], self.group_names):
+            raise another_run(
+                checkpoint.folder,
+                f"in the optimizer, {different}. What is frozen decides on that, and so do "
+                "no_weight_decay_param_names, no_weight_decay_module_class_names and lr_scale_param_names",
+            )
         self.layout.load_optimizer(self.optimizer, stored["optimizer"])
         if self.accelerator.scaler is not None and stored["scaler"]:
             self.accelerator.scaler.load_state_dict(stored["scaler"])
@@ -246,13 +288,8 @@ class TrainingRun:
         if checkpoint.world_size != self.accelerator.num_processes:
             of_all = [checkpoint.of_rank(rank)["buffers"] for rank in range(checkpoint.world_size)]
             buffers = {name: _mean_unless_equal([of_rank[name] for of_rank in of_all]) for name in of_all[0]}
-        copy_into(dict(self.module.named_buffers()), buffers, "buffers")
-        unknown = own["plugins"].keys() - dict(self.named_plugins()).keys()
-        if unknown:
-            raise ConfigError(
-                f"The checkpoint {str(checkpoint.folder)!r} holds the state of {', '.join(sorted(unknown))}: name the "
-                "same plugins again."
-            )
+        self._late_buffers = copy_buffers(self.module, buffers, unsaved=own["unsaved"])
+        set_extra_states(self.module, own["extra"])
         self._plugin_states = own["plugins"]
         for rank in range(checkpoint.world_size):
             of_rank = checkpoint.of_rank(rank)
@@ -261,8 +298,29 @@ class TrainingRun:
         progress = checkpoint.progress
         self.state.epoch, self.state.step = progress.epoch, progress.step
         self.state.val_loss, self.state.val_metrics = progress.val_loss, own["val_metrics"]
-        self.state.stop_reason = progress.stop_reason
+        self.state.stop_reason, self.best_val_loss = progress.stop_reason, progress.best_val_loss
+        if self.accelerator.is_main_process:
+            self.report_resumption(checkpoint)
+
+    def report_resumption(self, checkpoint: Checkpoint) -> None:
+        """Say from where the run goes on, and what is not as it was."""
+        progress = checkpoint.progress
         logger.info("Going on from %s: epoch %d, step %d.", checkpoint.folder, progress.epoch, progress.step)
+        if changes := self.facts().changes(checkpoint.facts):
+            logger.warning("The run goes on with other settings than before: %s.", "; ".join(changes))
+        if lost := self._plugin_states.keys() - dict(self.named_plugins()).keys():
+            logger.warning("The run goes on without plugins whose state it had: %s.", ", ".join(sorted(lost)))
+        if self.is_over():
+            logger.warning(
+                "%s is the end of its run, at step %d: %s Nothing is left to train.",
+                *(checkpoint.folder, progress.step, progress.stop_reason or "all epochs are done."),
+            )
+
+    def restore_late_buffers(self) -> None:
+        """Make the buffers that the model made on its way, when plugins have seen it as it was at the run's start."""
+        late, self._late_buffers = self._late_buffers, []
+        for buffer in late:
+            buffer.register(self.accelerator.device)
 
     def restore_plugins(self) -> None:
         """Give plugins back what they had, once: after they were told of the start, and of the epoch within one."""
@@ -336,8 +394,13 @@ class TrainingRun:
         )
 
     @torch.no_grad()
-    def validate(self) -> None:
-        """Go through the validation set; set `state.val_loss`, the mean loss per example, and `state.val_metrics`."""
+    def validate(self) -> bool:
+        """Go through the validation set; set `state.val_loss`, the mean loss per example, and `state.val_metrics`.
+
+        Returns:
+            Whether it was gone through. A process at which SIGTERM arrives leaves its part and meets the others at the
+            end, where all give up the validation; one after a plugin has asked for a stop is finished.
+        """
         from accelerate.utils import gather_object
 
         state, accelerator = self.state, self.accelerator
@@ -348,7 +411,7 @@ class TrainingRun:
         was_training = module.training
         module.eval()
         self.plugins.notify("on_validation_start", state)
-        loss_sum, count = torch.zeros((), device=accelerator.device), 0
+        loss_sum, count, is_left = torch.zeros((), device=accelerator.device), 0, False
         for examples, batch in self.val_batches.walk(self.val_loader):
             state.val_position = examples.start
             inputs, targets = self.take(batch)
@@ -360,22 +423,38 @@ class TrainingRun:
                         for watch in watching:
                             watch(state, part)
             count += len(examples)
-        losses, counts = zip(*gather_object([(loss_sum.item(), count)]), strict=True)
-        if not sum(counts):
-            raise DataError("val_dataset is empty.")
-        state.val_loss = sum(losses) / sum(counts)
-        state.val_metrics = {}
-        for measure in self.plugins.hooks("validation_metrics"):
-            measured = measure(state)
-            if clash := sorted(measured.keys() & {*state.val_metrics, "val_loss"}):
+            if self.termination.is_set_here and not state.stop_reason:
+                is_left = True
+                break
+        losses, counts, left = zip(*gather_object([(loss_sum.item(), count, is_left)]), strict=True)
+        is_complete = not any(left)
+        if is_complete:
+            if not sum(counts):
+                raise DataError("val_dataset is empty.")
+            state.val_loss = sum(losses) / sum(counts)
+            state.val_metrics = self.measure()
+        module.train(was_training)
+        if is_complete:
+            self.plugins.notify("on_validation_end", state)
+        state.model = self.module.model
+        self.layout.release()
+        return is_complete
+
+    def measure(self) -> dict[str, float]:
+        """Return what plugins have measured in a validation.
+
+        Raises:
+            ConfigError: If two of them measure something of one name.
+        """
+        metrics: dict[str, float] = {}
+        for hook in self.plugins.hooks("validation_metrics"):
+            measured = hook(self.state)
+            if clash := sorted(measured.keys() & {*metrics, "val_loss"}):
                 raise ConfigError(
                     f"Two plugins measure {', '.join(clash)} in a validation. Leave out one, or rename it."
                 )
-            state.val_metrics.update(measured)
-        module.train(was_training)
-        self.plugins.notify("on_validation_end", state)
-        state.model = self.module.model
-        self.layout.release()
+            metrics.update(measured)
+        return metrics
 
     def trained_model(self) -> nn.Module:
         """Return the trained model: unwrapped, on the CPU, in train mode."""
@@ -403,5 +482,7 @@ class TrainingRun:
 def _mean_unless_equal(values: list[torch.Tensor]) -> torch.Tensor:
     first = values[0]
     if not first.is_floating_point() or all(torch.equal(value, first) for value in values):
+        return first
+    if any(value.shape != first.shape for value in values):  # a cache, which grew with this process's inputs
         return first
     return torch.stack(values).mean(0)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,8 @@ _HEADER = "structure"
 
 def write_state(state: Any, file: Path) -> None:
     """Write nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
+
+    Numbers of numpy come back as Python's.
 
     Raises:
         ConfigError: If the state holds anything else; the message says where.
@@ -56,11 +59,13 @@ def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
         return {kind: [_encode(v, tensors, f"{where}[{i}]") for i, v in enumerate(value)]}
-    if value is None or type(value) in (bool, int, float, str):
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ConfigError(
         f"A checkpoint stores tensors, numbers, strings, lists and dicts, and {where} is a {type(value).__name__}. "
-        "Convert it in state_dict()."
+        "Convert it in state_dict() or get_extra_state()."
     )
 
 

@@ -152,14 +152,16 @@ def train(
         random_seed: Any integer, 0 included. None draws one from torch's global generator.
         ddp_find_unused_parameters: For models whose forward leaves parameters out, on several processes.
         checkpoint_dir: Where to keep checkpoints, a folder each: complete, or not there. With one, SIGTERM makes the
-            run write a checkpoint and end the process with exit code 75.
+            run write a checkpoint and end the process with exit code 75, without waiting for a validation to end.
         checkpoint_steps: Write a checkpoint after every this many optimizer steps.
-        checkpoint_epochs: The same for epochs. With neither, after every epoch. The end of the run always has one.
+        checkpoint_epochs: The same for epochs. With neither, after every epoch. The end of the run always has one, and
+            so has a validation that is the best so far.
         keep_checkpoints: How many of the newest to keep; the one of least validation loss is kept besides.
         resume: `"auto"`: go on from the newest good checkpoint in `checkpoint_dir`, or start afresh without one. The
             folder of a checkpoint: go on from that. The run then ends with the same bytes as one that never
-            stopped, on as many processes; on another number, with as many examples per step, it takes the same
-            steps up to rounding.
+            stopped, on as many processes; on another number, with as many examples per step and epoch, it takes the
+            same steps up to rounding. A run that was configured otherwise is refused, and so is one that trains other
+            parameters, or in other groups. Patterns, precision and plugins may change; a warning names what did.
         on_bad_example: What happens when a train example cannot be read, transformed or checked. `raise`: an error
             that names it. `skip`: the next good example takes its place, so that batches keep their size on every
             process; a warning at the end counts and names those skipped. An error of a stream itself is always raised.

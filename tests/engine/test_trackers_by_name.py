@@ -16,7 +16,7 @@ import tracker_run
 from launching import run_python
 from tiny import Recorder, train_tiny
 
-from iris_hf.training.checkpoint import PREEMPTED
+from iris_hf.training.termination import PREEMPTED
 
 DIES_AT = 14
 LAST_CHECKPOINT = 10

@@ -1,7 +1,8 @@
 """Run by tests: a training that may be killed, and saves how it ended. Under torchrun or alone.
 
 The JSON on the command line holds arguments of the task and, beside them: `cache`, whether to use a gradient cache;
-`die_at`, a step at which this process kills itself; `terminate_at`, one at which it sends itself SIGTERM.
+`die_at`, a step at which this process kills itself; `terminate_at`, one at which it sends itself SIGTERM, in the
+validation where it has one there.
 """
 
 import json
@@ -28,6 +29,10 @@ class Killer(iris_hf.Plugin):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_step_end(self, state: iris_hf.TrainState) -> None:
+        if state.step % state.steps_per_epoch:
+            self.on_validation_batch(state, ())
+
+    def on_validation_batch(self, state: iris_hf.TrainState, batch: Any) -> None:
         if state.step == self.terminate_at and state.accelerator.process_index == state.accelerator.num_processes - 1:
             os.kill(os.getpid(), signal.SIGTERM)  # one process gets it, all have to leave
 

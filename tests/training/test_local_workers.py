@@ -15,7 +15,8 @@ import resume_run
 from launching import environment
 
 from iris_hf.engine.launch import run_in_workers
-from iris_hf.training.checkpoint import PREEMPTED, open_checkpoint
+from iris_hf.training.checkpoint import open_checkpoint
+from iris_hf.training.termination import PREEMPTED
 
 pytestmark = pytest.mark.torch_only
 

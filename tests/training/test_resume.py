@@ -17,8 +17,9 @@ from launching import environment, run_python, run_ranks
 from tiny import train_tiny
 
 import iris_hf
-from iris_hf.training.checkpoint import PREEMPTED, open_checkpoint
+from iris_hf.training.checkpoint import open_checkpoint
 from iris_hf.training.storage import read_state, write_state
+from iris_hf.training.termination import PREEMPTED
 
 pytestmark = pytest.mark.torch_only
 
@@ -94,13 +95,14 @@ def test_a_run_goes_on_on_another_number_of_processes(first: int, then: int, tmp
     assert_equal(resumed, never, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_sigterm_writes_a_checkpoint_and_ends_with_its_own_code(num_processes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_processes", "step"), [(1, 2), (2, 7)], ids=["alone", "two processes, in a validation"])
+def test_sigterm_writes_a_checkpoint_and_ends_with_its_own_code(num_processes: int, step: int, tmp_path: Path) -> None:
     arguments = {"random_seed": 0, "checkpoint_dir": str(tmp_path / "c"), "batch_size": 4, "resume": "auto"}
-    code = run(tmp_path / "out", {**arguments, "terminate_at": 2}, num_processes)
+    code = run(tmp_path / "out", {**arguments, "terminate_at": step}, num_processes)
     assert code == PREEMPTED if num_processes == 1 else code != 0  # torchrun has a code of its own
     (folder,) = (tmp_path / "c").glob("step-*")
-    assert open_checkpoint(folder).progress.step == 2
+    progress = open_checkpoint(folder).progress
+    assert (progress.step, progress.epoch, progress.is_validated) == (step, 0, False)
     if num_processes == 1:
         assert run(tmp_path / "out", arguments) == 0
         assert run(tmp_path / "never", {**arguments, "checkpoint_dir": str(tmp_path / "whole")}) == 0
@@ -177,6 +179,10 @@ def test_wrong_configurations_say_what_is_wrong(tmp_path: Path) -> None:
         ({"resume": checkpoint, "num_epochs": 1, "weight_decay": 0.5}, "weight_decay was 0, now 0.5"),
         ({"resume": checkpoint, "num_epochs": 1, "base_lr": 1.0}, r"base_lr was 0\.1, now 1\.0"),
         ({"resume": checkpoint, "num_epochs": 1, "lr_scheduler": {"name": "linear"}}, "lr_scheduler was"),
+        ({"random_seed": 1.5}, r"random_seed must be a whole number, got 1\.5"),
+        ({"num_dataloader_workers": 0.5}, r"num_dataloader_workers must be a whole number, got 0\.5"),
+        ({"resume": True}, "resume must be 'auto' or the folder of a checkpoint, or None; got True"),
+        ({"checkpoint_dir": ""}, "checkpoint_dir must be a folder, or None; got ''"),
         ({"resume": "auto"}, "resume='auto' looks into checkpoint_dir"),
         ({"checkpoint_steps": 5}, "checkpoint_steps=5 needs a checkpoint_dir"),
         ({"checkpoint_dir": tmp_path / "new", "checkpoint_steps": 0}, "checkpoint_steps must be at least 1, got 0"),
@@ -184,8 +190,9 @@ def test_wrong_configurations_say_what_is_wrong(tmp_path: Path) -> None:
     ):
         with pytest.raises(iris_hf.ConfigError, match=message):
             train_tiny(**change)
-    with pytest.raises(iris_hf.DataError, match="is no complete checkpoint"):
-        train_tiny(resume=tmp_path / "nowhere")
+    for resume, message in (("Auto", ": .*No such file.* resume='auto' goes on"), (tmp_path, "holds 'step-00000008'")):
+        with pytest.raises(iris_hf.DataError, match=f"is no complete checkpoint.*{message}"):
+            train_tiny(resume=resume)
 
 
 def test_states_come_back_as_they_were(tmp_path: Path) -> None:
@@ -214,7 +221,8 @@ def test_a_full_disk_is_an_error_that_leaves_the_checkpoint_before(tmp_path: Pat
     done = run_python("-c", code, str(tmp_path))
     assert done.returncode == 1
     assert "The checkpoint of step 16 cannot be written to" in done.stderr
-    assert "Earlier ones are as they were" in done.stderr
+    assert "earlier ones are as they were: " in done.stderr
+    assert "Make room" in done.stderr
     assert steps_of(tmp_path) == [8]
     assert open_checkpoint(tmp_path / "step-00000008").progress.step == 8
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]

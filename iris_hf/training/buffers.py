@@ -1,0 +1,95 @@
+"""What a model keeps beside its parameters, in checkpoints: buffers, also those made on the way, and extra states."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iris_hf.errors import DataError
+from iris_hf.training.storage import copy_into
+
+
+@dataclass(frozen=True)
+class LateBuffer:
+    """A buffer that a model has made, or given another shape, in the course of training.
+
+    Attributes:
+        owner: The module that it belongs to.
+        name: Its name there.
+        value: On the CPU.
+        is_saved: Whether it belongs to the module's state dict.
+    """
+
+    owner: nn.Module
+    name: str
+    value: Tensor
+    is_saved: bool
+
+    def register(self, device: torch.device) -> None:
+        """Put it into its place."""
+        vars(self.owner).pop(self.name, None)
+        if self.name in self.owner._buffers:
+            self.owner._buffers[self.name] = self.value.to(device)
+        else:
+            self.owner.register_buffer(self.name, self.value.to(device), persistent=self.is_saved)
+
+
+def unsaved_buffers(module: nn.Module) -> list[str]:
+    """List the buffers that are no part of the module's state dict."""
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        for name in sorted(part._non_persistent_buffers_set)
+    ]
+
+
+def copy_buffers(module: nn.Module, stored: Mapping[str, Tensor], *, unsaved: Collection[str]) -> list[LateBuffer]:
+    """Copy stored buffers into those of a module; return those that it has not made, or not in that shape, yet.
+
+    Raises:
+        DataError: If a buffer of the module is not stored, or it has no such part.
+    """
+    own = dict(module.named_buffers())
+    late = []
+    for path, value in stored.items():
+        if path in own and own[path].shape == value.shape:
+            continue
+        prefix, _, name = path.rpartition(".")
+        try:
+            owner = module.get_submodule(prefix)
+        except AttributeError as error:
+            raise DataError(f"The checkpoint's buffers are not this model's: it has no {path}.") from error
+        late.append(LateBuffer(owner, name, value, is_saved=path not in unsaved))
+    resized = {path for path in own.keys() & stored.keys() if own[path].shape != stored[path].shape}
+    copy_into(
+        {path: buffer for path, buffer in own.items() if path not in resized},
+        {path: value for path, value in stored.items() if path in own and path not in resized},
+        "buffers",
+    )
+    return late
+
+
+def extra_states(module: nn.Module) -> dict[str, Any]:
+    """Return what modules keep beside parameters and buffers, by `get_extra_state`."""
+    return {
+        name: part.get_extra_state()
+        for name, part in module.named_modules()
+        if type(part).get_extra_state is not nn.Module.get_extra_state
+    }
+
+
+def set_extra_states(module: nn.Module, stored: Mapping[str, Any]) -> None:
+    """Give modules back what `get_extra_state` gave.
+
+    Raises:
+        DataError: If others have one.
+    """
+    parts = dict(module.named_modules())
+    if wrong := stored.keys() ^ extra_states(module).keys():
+        raise DataError(f"The checkpoint's extra states are not this model's: {', '.join(sorted(wrong)[:3])} differ.")
+    for name, state in stored.items():
+        parts[name].set_extra_state(state)
