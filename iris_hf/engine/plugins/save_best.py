@@ -45,8 +45,6 @@ class SaveBest(Plugin):
             ConfigError: In these cases.
         """
         require_validation(state, "save_best")
-        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / _INFO).is_file():
-            raise ConfigError(f"save_best replaces its folder, and {str(self.folder)!r} holds other things.")
         checkpoints = state.config.get("checkpoint_dir")
         if checkpoints is not None and Path(checkpoints).resolve().is_relative_to(self.folder.resolve()):
             raise ConfigError(
@@ -54,6 +52,8 @@ class SaveBest(Plugin):
                 f"checkpoint_dir={str(checkpoints)!r}. Give it another one, such as {str(Path(checkpoints, 'best'))!r}."
             )
         self._own = _names_in(self.folder)
+        if self._own and _INFO not in self._own:
+            raise ConfigError(f"save_best replaces its folder, and {str(self.folder)!r} holds other things.")
         self.folder.parent.mkdir(parents=True, exist_ok=True)
 
     def on_validation_end(self, state: TrainState) -> None:
