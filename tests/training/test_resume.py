@@ -41,7 +41,16 @@ def assert_equal(got: dict[str, Any], wanted: dict[str, Any], *, rtol: float = 0
 
 
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
-    "alone": (1, {"random_seed": 0, "checkpoint_steps": 3, "num_dataloader_workers": 2, "accumulate_grad_batches": 2}),
+    "alone": (
+        1,
+        {
+            "random_seed": 0,
+            "checkpoint_steps": 3,
+            "num_dataloader_workers": 2,
+            "accumulate_grad_batches": 2,
+            "val_check_interval_epoch": 2,
+        },
+    ),
     "alone, seed drawn, with a cache": (1, {"checkpoint_steps": 3, "cache": True, "sub_batch_size": 3}),
     "two processes": (2, {"random_seed": 0, "checkpoint_steps": 3, "batch_size": 4}),
     "two processes, sharded": (
