@@ -18,7 +18,7 @@ from typing import Any
 from iris_hf.engine.accelerator import launched_world_size, open_accelerator
 from iris_hf.errors import ConfigError
 from iris_hf.tasks import Task, find_task
-from iris_hf.training.checkpoint import Preempted
+from iris_hf.training.termination import Preempted
 
 _LONGEST_WAIT = timedelta(days=30)
 """How long a process waits for its next call: the tasks in between may take their time."""

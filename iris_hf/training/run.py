@@ -19,7 +19,7 @@ from iris_hf.engine.plugins import Plugin, PluginList, TrainState
 from iris_hf.engine.rng import STEP, VALIDATION, mix, seed_generators
 from iris_hf.engine.shards import gather_nested
 from iris_hf.engine.streams import StreamBatches, StreamOnce
-from iris_hf.errors import DataError, noted
+from iris_hf.errors import ConfigError, DataError, noted
 from iris_hf.training.buffers import LateBuffer, copy_buffers, extra_states, set_extra_states, unsaved_buffers
 from iris_hf.training.checkpoint import Checkpoint, CheckpointWriter, Progress
 from iris_hf.training.config import TrainConfig
