@@ -19,7 +19,7 @@ from iris_hf.irisml.check import check_job
 from iris_hf.irisml.field_types import TrueOrFalse
 from iris_hf.irisml.task_classes import config_fields, config_values, task_class
 from iris_hf.tasks import TASKS
-from iris_hf.training.checkpoint import Preempted
+from iris_hf.training.termination import Preempted
 
 LR_SCHEDULER = (
     "name warmup_epochs warmup_iters warmup_lr warmup_factor warmup_end_factor min_lr end_factor decay_milestones "
