@@ -29,6 +29,18 @@ OptimizerName = Literal[
     "zero_adamw_amsgrad",
 ]
 
+
+_COUNTS = ("num_epochs", "batch_size", "num_processes", "keep_checkpoints")
+_OPTIONAL_COUNTS = (
+    "accumulate_grad_batches",
+    "val_batch_size",
+    "val_check_interval_epoch",
+    "checkpoint_steps",
+    "checkpoint_epochs",
+    "steps_per_epoch",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The keyword arguments of :func:`iris_hf.train`, which documents them and has the defaults.
