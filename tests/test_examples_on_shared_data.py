@@ -20,7 +20,7 @@ def test_a_detector_overfits_eight_images(shared_data: Path, tmp_path: Path) -> 
 def test_a_detector_learns_what_it_finds_on_other_images(shared_data: Path, tmp_path: Path) -> None:
     printed = launch("detection.py", str(shared_data / "detection"), "--epochs", "6", folder=tmp_path)
     assert number("before training: AP50", printed) < 0.01
-    assert number("after training: AP50", printed) > 0.12
+    assert number("after training: AP50", printed) > 0.2
 
 
 @pytest.mark.slow
