@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,34 @@ def world_group() -> Group | None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return dist.group.WORLD
     return None
+
+
+class together:
+    """A context in which a training loop says whether its processes compute a loss together.
+
+    Without one a criterion can go by nothing but its mode, and plugins put models into evaluation mode in training too.
+    It is a class since a generator would cost time in every step.
+
+    Args:
+        value: Whether they do: in a step, and not in a validation, where processes have different numbers of batches.
+    """
+
+    def __init__(self, value: bool) -> None:
+        self.value = value
+
+    def __enter__(self) -> None:
+        self.token = _TOGETHER.set(self.value)
+
+    def __exit__(self, *_: object) -> None:
+        _TOGETHER.reset(self.token)
+
+
+def is_together() -> bool | None:
+    """Return what the loop says by :class:`together`; None outside of loops."""
+    return _TOGETHER.get()
+
+
+_TOGETHER: ContextVar[bool | None] = ContextVar("together", default=None)
 
 
 @dataclass(frozen=True)

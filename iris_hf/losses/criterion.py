@@ -7,17 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from iris_hf.errors import unknown_name
-from iris_hf.losses.collectives import world_group
+from iris_hf.errors import ConfigError, unknown_name
+from iris_hf.losses.collectives import is_together, world_group
 from iris_hf.losses.contrastive import KINDS, ContrastiveKind, contrastive_loss
 
 
 class ContrastiveCriterion(nn.Module):
     """The loss of image features, text features and a scale; see :func:`contrastive_loss`.
 
-    In training mode under torch.distributed it is the loss of the pairs of all processes, with gradients made for
-    DistributedDataParallel's averaging. In evaluation mode it is that of this process's pairs alone, since processes
-    may go through different numbers of validation batches.
+    In a training step under torch.distributed it is the loss of the pairs of all processes, with gradients made for
+    DistributedDataParallel's averaging. In a validation it is that of this process's pairs alone, since processes may
+    go through different numbers of batches. Outside of `train` and `train_with_gradient_cache`, training mode stands
+    for the one and evaluation mode for the other.
 
     Attributes:
         kind: `clip`, `unicl` or `siglip`.
@@ -55,7 +56,12 @@ class ContrastiveCriterion(nn.Module):
         Returns:
             Scalars: `loss`; `temperature`, one over the scale; `image_to_text_r1` and `text_to_image_r1`, the
             retrieval recall inside the batch, in [0, 1].
+
+        Raises:
+            ConfigError: If a step of training has a single pair, whose loss is 0 for `clip` and `unicl`.
         """
+        in_step = is_together()
+        group = world_group() if (self.training if in_step is None else in_step) else None
         image_features, text_features, logit_scale, *bias = features
         result = contrastive_loss(
             image_features,
@@ -65,8 +71,14 @@ class ContrastiveCriterion(nn.Module):
             kind=self.kind,
             logit_bias=bias[0] if bias else None,
             tile_size=self.tile_size,
-            group=world_group() if self.training else None,
+            group=group,
         )
+        if in_step and group is None and self.kind != "siglip" and len(image_features) == 1:
+            raise ConfigError(
+                f"The batch is one pair, and {self.kind} learns to tell pairs of a batch apart: its loss is 0. Give a "
+                "larger batch_size (accumulated micro-batches are no substitute, since each has a loss of its own); "
+                "train_with_gradient_cache computes a large one in parts."
+            )
         return {
             "loss": result.loss,
             "temperature": 1 / logit_scale.detach(),

@@ -124,7 +124,7 @@ class ImageTextContrastiveModel(nn.Module):
     def training_step(self, inputs: tuple[Any, Any], targets: Tensor | None) -> dict[str, Tensor]:
         """Give the loss of a batch of pairs, and what is worth logging beside it.
 
-        In training mode with several processes, the loss is that of all their pairs together.
+        In a training step of several processes, the loss is that of all their pairs together.
 
         Args:
             inputs: (images, texts), N of each.
@@ -200,7 +200,7 @@ class SplitModel(NamedTuple):
     Attributes:
         image_model: Maps images to features `[N, F]`.
         text_model: Maps tokens to features `[N, F]`.
-        logit_scale: What similarities are multiplied by, in log space, `[]`.
+        logit_scale: What similarities are multiplied by, in log space, `[]`: at most ln 100, as in the model's forward.
     """
 
     image_model: nn.Module
@@ -280,7 +280,7 @@ def split_image_text_model(model: nn.Module, *, append_normalizer: bool = True) 
     return SplitModel(
         split_tower(model, tower="image", append_normalizer=append_normalizer),
         split_tower(model, tower="text", append_normalizer=append_normalizer),
-        model.logit_scale.detach().clone(),  # type: ignore[operator]
+        model.logit_scale.detach().clamp(max=MAX_LOGIT_SCALE),  # type: ignore[operator]
     )
 
 

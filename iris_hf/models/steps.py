@@ -6,6 +6,7 @@ DDP, FSDP and torch.compile see nothing but `forward`. Loops therefore prepare t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -139,27 +140,34 @@ class Cacheable(nn.Module):
             gradients: The derivative of a loss by the features.
 
         Returns:
-            What the model's forward returns; with gradients, the sum of its tensors times their gradients. Every
-            trainable parameter takes part in that of None, with a gradient of zero.
+            What the model's forward returns; with gradients, what :meth:`weigh` says. Every trainable parameter takes
+            part in that of None, with a gradient of zero.
         """
         if gradients is None:
             return self.model(inputs)
-        products = [
-            (p.to(g.dtype) * g).sum() for p, g in zip(self.loss_parameters(), gradients.parameters or (), strict=False)
-        ]
         if inputs is None:
-            products += [p.flatten()[:1].sum() * 0 for p in self.parameters() if p.requires_grad]
-        else:
-            tensors = feature_tensors(self.model(inputs))
-            if gradients.expected is not None:
-                _check_replay(tensors, gradients.expected)
-            products += weigh(tensors, gradients.features)
-        return torch.stack([product.float() for product in products]).sum()
+            zeros = [parameter.flatten()[:1].sum() * 0 for parameter in self.parameters() if parameter.requires_grad]
+            return _total([*self._products([], gradients), *zeros])
+        tensors = feature_tensors(self.model(inputs))
+        if gradients.expected is not None:
+            _check_replay(tensors, gradients.expected)
+        return self.weigh(tensors, gradients)
 
-    def loss_parameters(self) -> list[nn.Parameter]:
-        """Return the trainable parameters of the criterion."""
+    def weigh(self, tensors: Sequence[Tensor], gradients: Gradients) -> Tensor:
+        """Give the scalar that has these derivatives: the sum of tensors and parameters times their gradients."""
+        return _total(self._products(tensors, gradients))
+
+    def _products(self, tensors: Sequence[Tensor], gradients: Gradients) -> list[Tensor]:
+        pairs = list(zip(tensors, gradients.features, strict=True))
+        if gradients.parameters:
+            parameters = dict(self.named_parameters())
+            pairs += [(parameters[name], gradient) for name, gradient in gradients.parameters.items()]
+        return [(tensor.to(by.dtype) * by).sum() for tensor, by in pairs if by is not None]
+
+    def criterion_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the criterion where that is a module."""
         criterion = _adopted(self, "criterion", self.model)
-        return [p for p in criterion.parameters() if p.requires_grad] if isinstance(criterion, nn.Module) else []
+        return list(criterion.parameters()) if isinstance(criterion, nn.Module) else []
 
     def measure(self, features: Any, targets: Any) -> dict[str, Any]:
         """Give `loss`, and what else the criterion's `measure(features, targets)` says where it has one.
@@ -185,12 +193,12 @@ class Gradients(NamedTuple):
 
     Attributes:
         features: By each of the feature tensors; None where there is none.
-        parameters: By each of the criterion's parameters, or None to leave them out.
+        parameters: By the parameters that the criterion uses, by their names; None leaves them out.
         expected: What the feature tensors are, to the bit; None when nobody checks.
     """
 
     features: Sequence[Tensor | None]
-    parameters: Sequence[Tensor] | None = None
+    parameters: Mapping[str, Tensor] | None = None
     expected: Sequence[Tensor] | None = None
 
 
@@ -216,6 +224,13 @@ def feature_tensors(features: Any) -> list[Tensor]:
     return tensors
 
 
+def feature_names(features: Any) -> list[str]:
+    """Name what :func:`feature_tensors` lists: by key in a dict, otherwise by position."""
+    if isinstance(features, Mapping):
+        return [repr(key) for key in features]
+    return [str(position) for position in range(len(features) if isinstance(features, (list, tuple)) else 1)]
+
+
 def like_features(features: Any, tensors: Sequence[Tensor]) -> Any:
     """Put tensors into the form of what a forward returned."""
     if isinstance(features, Mapping):
@@ -236,10 +251,10 @@ def _check_replay(tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> None
             )
 
 
-def weigh(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
-    """Give the sum of every tensor times its gradient: the derivative of the sum of these by the tensors is that."""
-    pairs = zip(tensors, gradients, strict=True)
-    return [(tensor.to(gradient.dtype) * gradient).sum() for tensor, gradient in pairs if gradient is not None]
+def _total(products: Sequence[Tensor]) -> Tensor:
+    """Add up scalars in the widest of their types, float32 at least."""
+    dtype = functools.reduce(torch.promote_types, [product.dtype for product in products], torch.float32)
+    return torch.stack([product.to(dtype) for product in products]).sum() if products else torch.zeros((), dtype=dtype)
 
 
 class Predictor(nn.Module):

@@ -200,7 +200,7 @@ def _equalise(module: nn.Module, device: torch.device) -> None:
 
 
 def _unshardable(module: Stepper) -> dict[str, nn.Parameter]:
-    of_criterion = {id(p) for p in module.loss_parameters()} if isinstance(module, Cacheable) else set()
+    of_criterion = {id(p) for p in module.criterion_parameters()} if isinstance(module, Cacheable) else set()
     return {name: p for name, p in module.named_parameters() if p.dim() == 0 or id(p) in of_criterion}
 
 

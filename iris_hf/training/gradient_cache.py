@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ from iris_hf.engine.loader import map_nested, to_device
 from iris_hf.engine.plugins import PluginList
 from iris_hf.engine.rng import GeneratorState
 from iris_hf.errors import ConfigError, DataError, require_integer, require_number
-from iris_hf.losses.collectives import Group, Rows, world_group
-from iris_hf.models.steps import Cacheable, Gradients, feature_tensors, like_features, weigh
+from iris_hf.losses.collectives import Group, Rows, together, world_group
+from iris_hf.models.steps import Cacheable, Gradients, feature_names, feature_tensors, like_features
 from iris_hf.training.passes import propagate, scalars, synchronised
 from iris_hf.training.replay import (
     Calls,
@@ -32,7 +33,7 @@ from iris_hf.training.replay import (
     replayed,
     saved_bytes,
 )
-from iris_hf.training.sub_batches import count_targets, split, take_slice
+from iris_hf.training.sub_batches import count_examples, count_targets, split, take_slice
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -74,8 +75,9 @@ class CachedPass:
     Attributes:
         config: How a batch is divided.
         num_kept_graphs: Sub-batches, from the first, whose graph is kept from the first pass, so that they are not
-            computed again; None until the first sub-batch has told what the budget allows.
-        frozen: The parts that are computed once, since they and their inputs depend on nothing trainable.
+            computed again; None until a sub-batch has told what the budget allows.
+        frozen: The parts that are computed once, since they and their inputs depend on nothing trainable. A sub-batch
+            tells which, the first of the run and whenever parameters have been frozen or freed.
     """
 
     def __init__(
@@ -92,15 +94,17 @@ class CachedPass:
         self.accelerator = accelerator
         self.plugins = plugins
         self.config = config
-        self.num_kept_graphs = config.num_kept_graphs if config.memory_budget_in_mb is None else None
+        self.num_kept_graphs: int | None = None
+        self.frozen: list[nn.Module] = []
         self.compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())
         self.sharded = accelerator.is_fsdp2
         if self.sharded and (config.num_kept_graphs or config.memory_budget_in_mb is not None):
             raise ConfigError(
                 "FSDP2 frees the weights that a kept graph needs: leave out num_kept_graphs and memory_budget_in_mb."
             )
-        self.frozen = [] if self.compiled else frozen_parts(module)
         self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._parameters = list(module.parameters())
+        self._trainable: list[bool] | None = None
         self._measured = False
         if self.norms and accelerator.is_main_process:
             logger.warning(
@@ -117,22 +121,34 @@ class CachedPass:
         """See :class:`iris_hf.training.passes.Pass`.
 
         Raises:
-            ConfigError: If the model's forward returns nothing that can be cached.
-            DataError: If the inputs of a batch differ in length, or the loss is NaN or infinite.
+            ConfigError: If the model's forward returns nothing that can be cached, or nothing is trainable.
+            DataError: If the inputs of a batch differ in length, or the loss is NaN or infinite where no scaler of
+                half precision skips the step.
         """
         parts = split(inputs, self.config.sub_batch_size, num_examples=count_targets(targets))
+        self._look_again()
         if self.sharded:
             self._agree_on_number(len(parts))
         # Under DDP the last sub-batch goes forward and backward with nothing in between: it is never a kept one.
         limit = len(parts) - (self.accelerator.num_processes > 1)
-        cache = [self._first_pass(part, position=k, limit=limit) for k, part in enumerate(parts)]
+        sizes = [count_examples(part) for part in parts]
+        try:
+            cache = [self._first_pass(part, position=k, limit=limit) for k, part in enumerate(parts)]
+        except ValueError as error:
+            if "Expected more than 1 value per channel" not in str(error):
+                raise
+            raise ConfigError(
+                f"BatchNorm cannot normalise a single example: the sub-batches have {', '.join(map(str, sizes))}. "
+                "Choose another sub_batch_size."
+            ) from error
         end = GeneratorState.capture(self.accelerator.device)
-        result, gradients = self._derive(cache, targets)
+        result, gradients = self._derive(cache, targets, sizes)
         if not result["loss"].isfinite():
-            _refuse(result["loss"], cache)
+            self._refuse(result["loss"], cache)
         last = len(parts) - 1
+        has_graph = not parts
         for k, part in enumerate(parts):
-            self._second_pass(
+            has_graph |= self._second_pass(
                 part,
                 cache[k],
                 Gradients([slices[k] for slices in gradients.features], gradients.parameters if k == last else None),
@@ -140,6 +156,8 @@ class CachedPass:
                 synchronise=synchronise and k == last,
             )
             cache[k] = _SPENT  # lets go of its graph
+        if not has_graph:
+            raise ConfigError("Neither features nor criterion depend on anything trainable: there is nothing to train.")
         if not parts:
             with synchronised(self.accelerator, self.model, synchronise):
                 propagate(self.accelerator, self.model(None, Gradients([], gradients.parameters)), divisor)
@@ -148,12 +166,14 @@ class CachedPass:
 
     def loss(self, module: Cacheable, inputs: Any, targets: Any) -> Tensor:
         """See :class:`iris_hf.training.passes.Pass`; the features are computed in sub-batches here too."""
+        parts = split(inputs, self.config.sub_batch_size, num_examples=count_targets(targets))
         results = []
-        for part in split(inputs, self.config.sub_batch_size, num_examples=count_targets(targets)):
+        for part in parts:
             with self.accelerator.autocast(), self.plugins.forward_context():
                 results.append(module(to_device(part, self.accelerator.device)))
-        tensors = [_joined(column) for column in zip(*map(feature_tensors, results), strict=True)]
-        with self.accelerator.autocast():
+        columns = _columns(list(map(feature_tensors, results)), results[0], list(map(count_examples, parts)))
+        tensors = [column.join() for column in columns]
+        with self.accelerator.autocast(), together(False):
             loss: Tensor = module.measure(like_features(results[0], tensors), targets)["loss"]
         return loss
 
@@ -163,6 +183,16 @@ class CachedPass:
         divided = split(inputs, size, num_examples=count_targets(targets))
         per_part = [take_slice(targets, slice(start, start + size)) for start in range(0, len(divided) * size, size)]
         return zip(divided, per_part, strict=True)
+
+    def _look_again(self) -> None:
+        """Forget what a sub-batch has taught where parameters have been frozen or freed since."""
+        trainable = [parameter.requires_grad for parameter in self._parameters]
+        if trainable == self._trainable:
+            return
+        self._trainable = trainable
+        self._measured = False
+        self.frozen = [] if self.compiled else frozen_parts(self.module)
+        self.num_kept_graphs = self.config.num_kept_graphs if self.config.memory_budget_in_mb is None else None
 
     def _first_pass(self, part: Any, *, position: int, limit: int) -> _Cached:
         """Compute the features of a sub-batch, as a rule without a graph."""
@@ -186,17 +216,15 @@ class CachedPass:
         return _Cached(like_features(features, tensors), tensors, state, has_graph=False, calls=calls)
 
     def _measure(self, part: Any) -> Any:
-        """Compute the features of the run's first sub-batch, and count what its graph holds."""
+        """Compute the features of a sub-batch that is to teach something, and count what its graph holds."""
         if self.compiled or self.sharded:
             return self.module(part)
         with saved_bytes(self.module) as self._saved:
             return self.module(part)
 
     def _learn(self, tensors: list[Tensor], calls: Calls) -> None:
-        """Take from the run's first sub-batch which frozen parts to compute once, and how many graphs to keep."""
+        """Take from a sub-batch which frozen parts to compute once, and how many graphs to keep."""
         self._measured = True
-        if not any(tensor.requires_grad for tensor in tensors):
-            raise ConfigError("No feature depends on a trainable parameter: there is nothing to train.")
         room = _ROOM_FOR_FROZEN * sum(tensor.nbytes for tensor in tensors)
         self.frozen = [module for module, outputs in calls.items() if can_be_replayed(outputs, room=room)]
         if self.sharded:
@@ -234,50 +262,71 @@ class CachedPass:
         dist.all_reduce(flags, dist.ReduceOp.MIN)
         self.frozen = [part for part, flag in zip(candidates, flags.tolist(), strict=True) if flag]
 
-    def _derive(self, cache: list[_Cached], targets: Any) -> tuple[dict[str, Any], _SplitGradients]:
-        """Compute the loss of all features, and its derivatives by them."""
+    def _derive(self, cache: list[_Cached], targets: Any, sizes: list[int]) -> tuple[dict[str, Any], _SplitGradients]:
+        """Compute the loss of all features, and its derivatives by them and by the parameters that it uses itself."""
         group = world_group()
-        columns = list(zip(*(cached.tensors for cached in cache), strict=True))
-        leaves = [_joined(list(column)) for column in columns]
         form = cache[0].features if cache else None
+        columns = _columns([cached.tensors for cached in cache], form, sizes)
+        leaves = [column.join() for column in columns]
+        by_example = [column.by_example for column in columns]
         num_active = 1
         if group is not None:
             active = Rows.counting(len(cache), self.accelerator.device, group).counts
             num_active = sum(count > 0 for count in active)
             if num_active < len(active):
-                form, leaves = _borrow_form(form, leaves, active, self.accelerator.device)
+                form, leaves = _borrow_form(form, leaves, by_example, active, self.accelerator.device)
+                by_example = by_example or [leaf.dim() > 0 and not len(leaf) for leaf in leaves]
         for leaf in leaves:
             if leaf.is_floating_point():
                 leaf.requires_grad_()
-        tensors, by_example, by_scalar = leaves, 1.0, 1.0
+        tensors, of_rows, of_scalars = leaves, 1.0, 1.0
         if group is not None and not self.module.gathers:
             # Every rank computes the whole loss; DDP takes the mean of what the ranks then have.
-            tensors, targets = [_gather_around(leaf, group) for leaf in leaves], _gather(targets, group)
-            by_example, by_scalar = group.size(), group.size() / num_active
-        with torch.enable_grad(), self.accelerator.autocast(), self.plugins.forward_context():
+            pairs = zip(leaves, by_example, strict=True)
+            tensors = [_gather_around(leaf, group) if has_rows else leaf for leaf, has_rows in pairs]
+            targets = _gather(targets, group)
+            of_rows, of_scalars = group.size(), group.size() / num_active
+        with torch.enable_grad(), self.accelerator.autocast(), self.plugins.forward_context(), together(True):
             result = self.module.measure(like_features(form, tensors), targets)
-        parameters = self.module.loss_parameters()
+        if not result["loss"].requires_grad:
+            raise ConfigError("The loss depends on no feature: the criterion must be differentiable.")
+        # A criterion may use any parameter of the model, not just its own: those that it does have a derivative.
+        trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        derived = torch.autograd.grad(result["loss"], [*wanted, *parameters], allow_unused=True)
+        derived = torch.autograd.grad(result["loss"], [*wanted, *trainable.values()], allow_unused=True)
         by_leaf = dict(zip(map(id, wanted), derived, strict=False))
-        slices = [
-            _sliced(by_leaf.get(id(leaf)), column, by_example if leaf.dim() else by_scalar)
-            for leaf, column in zip(leaves, columns, strict=False)  # no columns where there are no examples
+        slices = [  # none where there are no examples
+            column.divide(by_leaf.get(id(leaf)), of_rows if column.by_example else of_scalars)
+            for leaf, column in zip(leaves, columns, strict=False)
         ]
-        own = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, derived[len(wanted) :], strict=True)]
-        return result, _SplitGradients(slices, own)
+        by_name = zip(trainable, derived[len(wanted) :], strict=True)
+        return result, _SplitGradients(slices, {name: by for name, by in by_name if by is not None})
+
+    def _refuse(self, loss: Tensor, cache: list[_Cached]) -> None:
+        """Stop for a loss that is not finite, unless a scaler is there to skip the step, as in plain training."""
+        if self.accelerator.scaler is not None:
+            logger.warning("The loss is %s: the step is skipped.", loss.item())
+            return
+        broken = [
+            str(position)
+            for position, column in enumerate(zip(*(cached.tensors for cached in cache), strict=True))
+            if not all(tensor.isfinite().all() for tensor in column)
+        ]
+        where = "its features are finite"
+        if broken:
+            where = f"feature tensors {', '.join(broken)} of this rank are not finite"
+        raise DataError(
+            f"The loss is {loss.item()}: {where}. Look at the examples and the model's outputs, lower base_lr, or use "
+            "clip_grad_norm."
+        )
 
     def _second_pass(
         self, part: Any, cached: _Cached, gradients: Gradients, *, divisor: int, synchronise: bool
-    ) -> None:
-        """Send the gradients of a sub-batch backward, through its kept graph or one made again."""
+    ) -> bool:
+        """Send the gradients of a sub-batch backward, through its kept graph or one made again; say if there is one."""
         if cached.has_graph:
             with synchronised(self.accelerator, self.model, synchronise):
-                products = weigh(cached.tensors, gradients.features)
-                pairs = zip(self.module.loss_parameters(), gradients.parameters or (), strict=False)
-                products += [(parameter * gradient).sum() for parameter, gradient in pairs]
-                propagate(self.accelerator, torch.stack([product.float() for product in products]).sum(), divisor)
-            return
+                return self._propagate(self.module.weigh(cached.tensors, gradients), divisor)
         assert cached.state is not None
         cached.state.restore()
         if self.config.check_replay:
@@ -289,7 +338,13 @@ class CachedPass:
         ):
             with self.plugins.forward_context():
                 surrogate = self.model(to_device(part, self.accelerator.device), gradients)
+            return self._propagate(surrogate, divisor)
+
+    def _propagate(self, surrogate: Tensor, divisor: int) -> bool:
+        """Run a backward pass if there is something to train behind the surrogate: it may be the criterion alone."""
+        if surrogate.requires_grad:
             propagate(self.accelerator, surrogate, divisor)
+        return surrogate.requires_grad
 
 
 @dataclass
@@ -315,42 +370,74 @@ _SPENT = _Cached(None, [], None, has_graph=False)
 
 
 class _SplitGradients(NamedTuple):
-    """The derivatives of a loss: by each feature tensor, a list over the sub-batches; by each parameter of the loss."""
+    """The derivatives of a loss: by each feature tensor, a list over the sub-batches; by the parameters it uses."""
 
     features: list[list[Tensor | None]]
-    parameters: list[Tensor]
+    parameters: dict[str, Tensor]
 
 
-def _sliced(gradient: Tensor | None, column: Sequence[Tensor], factor: float) -> list[Tensor | None]:
-    """Divide the gradient of a feature among the sub-batches; that of a scalar goes to the last."""
-    if gradient is None:
-        return [None] * len(column)
-    gradient = gradient if factor == 1 else gradient * factor
-    if gradient.dim() == 0:
-        return [None] * (len(column) - 1) + [gradient]
-    return list(torch.split(gradient, [len(tensor) for tensor in column]))
+class _Column(NamedTuple):
+    """One of the tensors that a forward returns, for every sub-batch: rows of examples, or a scalar."""
+
+    tensors: Sequence[Tensor]
+    by_example: bool
+
+    def join(self) -> Tensor:
+        """Join what all sub-batches have, as a leaf; a scalar is the same in all."""
+        tensors = [tensor.detach() for tensor in self.tensors]
+        return torch.cat(tensors) if self.by_example else tensors[0].clone()
+
+    def divide(self, gradient: Tensor | None, factor: float) -> list[Tensor | None]:
+        """Divide a gradient, times a factor, among the sub-batches; that of a scalar goes to the last."""
+        if gradient is None:
+            return [None] * len(self.tensors)
+        gradient = gradient if factor == 1 else gradient * factor
+        if not self.by_example:
+            return [None] * (len(self.tensors) - 1) + [gradient]
+        return list(torch.split(gradient, [len(tensor) for tensor in self.tensors]))
 
 
-def _joined(column: Sequence[Tensor]) -> Tensor:
-    """Join a feature of all sub-batches, as a leaf; a scalar is the same in all."""
-    return column[0].detach().clone() if column[0].dim() == 0 else torch.cat([tensor.detach() for tensor in column])
+def _columns(rows: Sequence[Sequence[Tensor]], form: Any, sizes: Sequence[int]) -> list[_Column]:
+    """Arrange the tensors of sub-batches, whose examples are counted, by their place in what forward returned.
+
+    Raises:
+        ConfigError: If they are neither a row per example nor a scalar that is the same for all sub-batches.
+    """
+    numbers = [len(row) for row in rows]
+    if len(set(numbers)) > 1:
+        raise ConfigError(
+            f"forward returned {', '.join(map(str, numbers))} tensors for sub-batches of {', '.join(map(str, sizes))} "
+            "examples. A gradient cache takes the same features [N, ...] of each: torch.stack a list with an item per "
+            "example, and pad items of different sizes."
+        )
+    if not rows:
+        return []
+    named = zip(feature_names(form), zip(*rows, strict=True), strict=True)
+    return [_column(name, tensors, sizes) for name, tensors in named]
 
 
-def _refuse(loss: Tensor, cache: list[_Cached]) -> None:
-    broken = [
-        str(position)
-        for position, column in enumerate(zip(*(cached.tensors for cached in cache), strict=True))
-        if not all(tensor.isfinite().all() for tensor in column)
-    ]
-    where = f"feature tensors {', '.join(broken)} of this rank are not finite" if broken else "its features are finite"
-    raise DataError(
-        f"The loss is {loss.item()}: {where}. Look at the examples and the model's outputs, lower base_lr, or use "
-        "clip_grad_norm."
-    )
+def _column(name: str, tensors: Sequence[Tensor], sizes: Sequence[int]) -> _Column:
+    form = tensors[0].shape
+    if len(form) == 0 or (form == (1,) and sizes[0] > 1):
+        if len(tensors) > 1:
+            values = torch.stack([tensor.detach().reshape(()) for tensor in tensors]).float()
+            if not torch.allclose(values, values[:1], rtol=1e-5, equal_nan=True):
+                raise ConfigError(
+                    f"Feature {name} is a scalar from {values.min().item():.6g} to {values.max().item():.6g}, and must "
+                    "be the same for every sub-batch. Return a value per example, [N], whose mean the criterion takes."
+                )
+        return _Column(tensors, by_example=False)
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if tensor.shape[:1] != (size,):
+            raise ConfigError(
+                f"Feature {name} has the shape {list(tensor.shape)} for a sub-batch of {size} examples, and must have "
+                "a row for each, [N, ...], or be a scalar. Reshape it, or use train."
+            )
+    return _Column(tensors, by_example=True)
 
 
 def _borrow_form(
-    form: Any, leaves: list[Tensor], active: Sequence[int], device: torch.device
+    form: Any, leaves: list[Tensor], by_example: Sequence[bool], active: Sequence[int], device: torch.device
 ) -> tuple[Any, list[Tensor]]:
     """Give a rank without examples the features of none: the form, the types and the scalars of a rank that has some.
 
@@ -362,7 +449,7 @@ def _borrow_form(
     source = next((rank for rank, count in enumerate(active) if count), None)
     if source is None:
         raise DataError("A micro-batch needs at least one example on one of the processes.")
-    empty = [leaf[:0].cpu() if leaf.dim() else leaf.cpu() for leaf in leaves]
+    empty = [(leaf[:0] if has_rows else leaf).cpu() for leaf, has_rows in zip(leaves, by_example, strict=True)]
     borrowed = broadcast_object_list([like_features(form, empty) if leaves else None], from_process=source)[0]
     if leaves:
         return form, leaves
@@ -371,8 +458,6 @@ def _borrow_form(
 
 def _gather_around(leaf: Tensor, group: Group) -> Tensor:
     """Put the features of the other ranks around this rank's, which stay differentiable."""
-    if leaf.dim() == 0:
-        return leaf
     rows = Rows.counting(len(leaf), leaf.device, group)
     everyone = rows.gather(leaf.detach())
     return torch.cat([everyone[: rows.own.start], leaf, everyone[rows.own.stop :]])
@@ -382,8 +467,8 @@ def _gather(targets: Any, group: Group) -> Any:
     """Join the targets of all ranks."""
     if isinstance(targets, Tensor) and targets.dim():
         return Rows.counting(len(targets), targets.device, group).gather(targets)
-    if isinstance(targets, list):
+    if isinstance(targets, (list, np.ndarray)):
         everyone: list[Any] = [None] * group.size()
         dist.all_gather_object(everyone, targets, group=group)
-        return [target for rank in everyone for target in rank]
+        return np.concatenate(everyone) if isinstance(targets, np.ndarray) else [t for rank in everyone for t in rank]
     return map_nested(lambda value: _gather(value, group), targets)

@@ -105,6 +105,23 @@ def lay_out_model(module: Stepper, groups: list[dict[str, Any]], accelerator: Ac
     return layout(module, groups, accelerator)
 
 
+class _ExplainingUnused:
+    """A context that translates what DistributedDataParallel says of a step that left parameters without gradients.
+
+    It is a class since a generator would cost time in every step.
+    """
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError) and "find_unused_parameters" in str(error):
+            raise ConfigError(
+                "Parameters of the model had no part in the loss of the step before, on some process, which training "
+                "on several processes has to know: give ddp_find_unused_parameters=True, or freeze those that are "
+                "never used (requires_grad_(False), or the plugin freeze_modules)."
+            ) from error
+
+
 class Whole:
     """Every process holds the whole model, in DistributedDataParallel where there are several. A :class:`Layout`."""
 
@@ -112,6 +129,7 @@ class Whole:
         self.module = module.to(accelerator.device)
         self.groups = groups
         self.model: nn.Module = accelerator.prepare_model(module)
+        self._explaining = _ExplainingUnused() if accelerator.num_processes > 1 else nullcontext()
 
     def train(self) -> None:
         """See :class:`Layout`."""
@@ -121,8 +139,8 @@ class Whole:
         """Do nothing: plugins see the module itself."""
 
     def explaining(self) -> AbstractContextManager[Any]:
-        """Explain nothing."""
-        return nullcontext()
+        """Say which argument is for parameters that take no part in a loss."""
+        return self._explaining
 
     def complete_gradients(self, *, scaled: bool) -> None:
         """Do nothing: DistributedDataParallel has averaged all."""

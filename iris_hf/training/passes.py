@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from iris_hf.engine.loader import to_device
 from iris_hf.engine.plugins import PluginList
+from iris_hf.losses.collectives import together
 from iris_hf.models.steps import Cacheable, Trainable
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class PlainPass:
     def backward(self, inputs: Any, targets: Any, *, divisor: int, synchronise: bool) -> dict[str, Tensor]:
         """See :class:`Pass`."""
         with synchronised(self.accelerator, self.model, synchronise):
-            with self.plugins.forward_context():
+            with self.plugins.forward_context(), together(True):
                 result = self.model(inputs, targets)
             propagate(self.accelerator, result["loss"], divisor)
         return scalars(result)
@@ -83,7 +84,7 @@ class PlainPass:
     def loss(self, module: Trainable, inputs: Any, targets: Any) -> Tensor:
         """See :class:`Pass`."""
         # Not DDP's module: ranks may have different numbers of batches, and must not wait for each other here.
-        with self.accelerator.autocast(), self.plugins.forward_context():
+        with self.accelerator.autocast(), self.plugins.forward_context(), together(False):
             loss: Tensor = module(inputs, targets)["loss"]
         return loss
 

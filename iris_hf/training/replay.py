@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -94,11 +94,16 @@ def _tensors_of(output: Any) -> list[Tensor] | None:
 
 @contextmanager
 def replayed(calls: Calls) -> Iterator[None]:
-    """Have modules return what was noted, in place of computing it, and set the generators where they stood then."""
+    """Have modules return what was noted, in place of computing it, and set the generators where they stood then.
 
-    def replay(outputs: Iterator[Call]) -> Any:
-        def forward(*_: Any, **__: Any) -> Any:
-            call = next(outputs)
+    Calls beyond those are computed: activation checkpointing makes them, in an order of its own, in the backward pass.
+    """
+
+    def replay(outputs: Iterator[Call], compute: Callable[..., Any]) -> Any:
+        def forward(*arguments: Any, **options: Any) -> Any:
+            call = next(outputs, None)
+            if call is None:
+                return compute(*arguments, **options)
             call.state.restore()
             return call.output
 
@@ -106,7 +111,7 @@ def replayed(calls: Calls) -> Iterator[None]:
 
     kept = {module: module.__dict__.get("forward") for module in calls}
     for module, outputs in calls.items():
-        module.forward = replay(iter(outputs))
+        module.forward = replay(iter(outputs), module.forward)
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from iris_hf.engine.loader import map_nested
@@ -15,8 +16,8 @@ def split(inputs: Any, size: int, *, num_examples: int | None = None) -> list[An
     """Divide a batch of inputs into sub-batches.
 
     Args:
-        inputs: A tensor with a leading batch axis, a list with an item per example (images of different sizes, texts),
-            or tuples and dicts of these. Scalars and anything else go into every part as they are.
+        inputs: A tensor or numpy array with a leading batch axis, a list with an item per example (images of different
+            sizes, texts), or tuples and dicts of these. Scalars and anything else go into every part as they are.
         size: Examples of a part; the last has what is left.
         num_examples: How many there have to be; None where nobody knows.
 
@@ -30,8 +31,8 @@ def split(inputs: Any, size: int, *, num_examples: int | None = None) -> list[An
     if len(lengths) != 1:
         found = f"parts of {', '.join(map(str, lengths))} examples" if lengths else type(inputs).__name__
         raise DataError(
-            f"A gradient cache divides tensors [N, ...] and lists of N, alone or in tuples and dicts; got {found}. "
-            "Give every part of the inputs one entry per example, by a collate_function."
+            f"A gradient cache divides tensors and arrays [N, ...] and lists of N, alone or in tuples and dicts; got "
+            f"{found}. Give every part of the inputs one entry per example, by a collate_function."
         )
     if num_examples not in (None, lengths[0]):
         raise DataError(
@@ -43,8 +44,12 @@ def split(inputs: Any, size: int, *, num_examples: int | None = None) -> list[An
 
 def count_targets(targets: Any) -> int | None:
     """Return how many targets there are; None where that cannot be told."""
-    is_batch = isinstance(targets, list) or (isinstance(targets, Tensor) and targets.dim() > 0)
-    return len(targets) if is_batch else None
+    return len(targets) if _has_rows(targets) else None
+
+
+def count_examples(inputs: Any) -> int:
+    """Return how many examples a part of a batch has."""
+    return next(_lengths(inputs))
 
 
 def take_slice(inputs: Any, at: slice) -> Any:
@@ -53,7 +58,7 @@ def take_slice(inputs: Any, at: slice) -> Any:
         return {key: take_slice(value, at) for key, value in inputs.items()}
     if isinstance(inputs, tuple):
         return map_nested(lambda value: take_slice(value, at), inputs)
-    return inputs[at] if isinstance(inputs, list) or (isinstance(inputs, Tensor) and inputs.dim()) else inputs
+    return inputs[at] if _has_rows(inputs) else inputs
 
 
 def _lengths(inputs: Any) -> Iterator[int]:
@@ -63,5 +68,9 @@ def _lengths(inputs: Any) -> Iterator[int]:
     elif isinstance(inputs, tuple):
         for value in inputs:
             yield from _lengths(value)
-    elif isinstance(inputs, list) or (isinstance(inputs, Tensor) and inputs.dim()):
+    elif _has_rows(inputs):
         yield len(inputs)
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0)

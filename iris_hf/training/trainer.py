@@ -194,15 +194,18 @@ def train_with_gradient_cache(  # noqa: D417  # train documents what **arguments
 
     The features of a micro-batch are computed in sub-batches without graphs, the loss of all of them is
     differentiated by the features, and each sub-batch is computed once more to send its part of the derivatives
-    backward (Gao et al., arXiv 2101.06983). Loss and gradients are those of :func:`iris_hf.train` with the same
-    batches, on any number of processes. Random numbers (dropout) are the same in both passes. Parts of the model that
-    are frozen, and see nothing trainable, are computed once. The inputs of a micro-batch stay in host memory, and
-    sub-batches move to the device one by one, so that `transform_batch` of plugins sees inputs there.
+    backward (Gao et al., arXiv 2101.06983). On any number of processes, loss and gradients are those of
+    :func:`iris_hf.train` on one process with all their examples in its batches. Random numbers (dropout) are the same
+    in both passes. Parts of the model that are frozen, and see nothing trainable, are computed once. The inputs of a
+    micro-batch stay in host memory, and sub-batches move to the device one by one, so that `transform_batch` of plugins
+    sees inputs there.
 
     The model's `forward(inputs)` returns a feature tensor `[N, ...]`, or a list, tuple or dict of those and of scalars
-    (0-dimensional: the same for every sub-batch); its `criterion(features, targets)` gives the loss. A criterion with
-    the attribute `gathers=True` takes this process's features and brings those of all together by itself, as
-    :func:`iris_hf.make_image_text_contrastive_model`'s does; any other takes the features and targets of all processes.
+    (0-dimensional, or `[1]` for several examples: the same for every sub-batch); its `criterion(features, targets)`
+    gives the loss, and may use parameters of the model too. A criterion with the attribute `gathers=True` takes this
+    process's features and brings those of all together by itself, as
+    :func:`iris_hf.make_image_text_contrastive_model`'s does; any other takes the features and targets of all processes
+    (where :func:`iris_hf.train` takes the mean of a loss per process).
 
     Args:
         sub_batch_size: Examples that are computed together; what is left is a smaller sub-batch, and a size above
@@ -215,9 +218,10 @@ def train_with_gradient_cache(  # noqa: D417  # train documents what **arguments
             random numbers from generators of their own or keep state between calls.
 
     Raises:
-        ConfigError: If the configuration is contradictory, or the model has no features to cache.
+        ConfigError: If the configuration is contradictory, the model has no features to cache, or a scalar differs
+            between sub-batches.
         DataError: If a dataset is empty, an example is invalid, the inputs of a batch differ in length, or the
-            loss is not finite.
+            loss is not finite (in fp16 such a step is skipped, as in plain training).
     """
     cache = CacheConfig(
         sub_batch_size=sub_batch_size,
@@ -335,6 +339,8 @@ def fit(
                 val_source, run.val_batches = batches_once(val_dataset, "val_dataset", batch_size=val_size, **world)
                 run.val_loader = loader(val_source, val_transform, run.val_batches)
             named = [getattr(each, "class_names", None) for each in (model, val_dataset, train_dataset)]
+            if cache is not None:
+                run.state.config = {**run.state.config, **vars(cache)}
             run.state.class_names = next((names for names in named if names is not None), None)
             facts = run.facts()
             if checkpoint is not None:

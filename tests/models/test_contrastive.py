@@ -321,6 +321,8 @@ def test_split_parts_give_the_features_of_the_whole(name):
             assert not torch.allclose(plain(inputs[i]).norm(dim=1), torch.ones(2))
     assert torch.equal(parts.logit_scale, model.logit_scale)
     assert parts.logit_scale is not model.logit_scale
+    model.logit_scale.data.fill_(7.0)
+    assert split_image_text_model(model).logit_scale.item() == pytest.approx(math.log(100))  # as in forward
     assert not {id(p) for p in model.parameters()} & {id(p) for part in parts[:2] for p in part.parameters()}
 
 

@@ -1,4 +1,7 @@
-"""Run by torchrun: takes steps with a gradient cache on uneven ranks; rank 0 saves losses, gradients, all-reduces."""
+"""Run by torchrun: takes steps with a gradient cache on uneven ranks; rank 0 saves losses, gradients, all-reduces.
+
+And what is said of parameters that have no part in a loss.
+"""
 
 import os
 import sys
@@ -7,21 +10,46 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from pairs import DictTowers, Pairs, TwoTowers
-from torch import Tensor
+from pairs import DictTowers, FunctionTowers, Pairs, TwoTowers, calibrated
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 
 from iris_hf.engine.plugins import PluginList
-from iris_hf.models.steps import as_cacheable
+from iris_hf.errors import ConfigError
+from iris_hf.models.steps import as_cacheable, as_trainable
 from iris_hf.training.gradient_cache import CacheConfig, CachedPass
+from iris_hf.training.layouts import lay_out_model
+from iris_hf.training.passes import PlainPass
 
 MODELS = {
     "clip": lambda: TwoTowers("clip"),
     "unicl": lambda: TwoTowers("unicl", tied=True),
     "siglip": lambda: TwoTowers("siglip"),
     "gathered": DictTowers,
+    "function": FunctionTowers,
+    "temperature": calibrated,
+    "evaluation": lambda: TwoTowers().eval(),
+    "float32": lambda: TwoTowers(dtype=torch.float32),
 }
+
+DIVISIONS = ((1, 0), (3, 0), (3, 2), (13, 0), (50, 4))
+"""Sub-batch sizes, and numbers of kept graphs."""
+
+
+def unused(accelerator: Accelerator, inputs: Any, targets: Any) -> str:
+    """Take steps of a model with a layer that has no part in its loss; return what is said."""
+    model = TwoTowers()
+    model.unused = nn.Linear(1, 1, dtype=torch.float64)
+    layout = lay_out_model(as_trainable(model), [], accelerator)
+    plain = PlainPass(layout.module, layout.model, accelerator, PluginList([]))
+    try:
+        for _ in range(2):
+            with layout.explaining():
+                plain.backward(inputs, targets, divisor=1, synchronise=True)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def main(out: str, counts: list[int]) -> None:
@@ -30,7 +58,7 @@ def main(out: str, counts: list[int]) -> None:
     inputs, targets = Pairs().batch(slice(sum(counts[:rank]), sum(counts[: rank + 1])))
     results: dict[Any, Any] = {}
     for name, make in MODELS.items():
-        for size, kept in ((1, 0), (3, 0), (3, 2), (13, 0), (50, 4)):
+        for size, kept in DIVISIONS:
             module = as_cacheable(make())
             config = CacheConfig(sub_batch_size=size, num_kept_graphs=kept, memory_budget_in_mb=None, check_replay=True)
             prepared = accelerator.prepare_model(module)
@@ -45,8 +73,14 @@ def main(out: str, counts: list[int]) -> None:
             result = cache.backward(inputs, targets, divisor=1, synchronise=True)
             gradients = {n: p.grad.clone() for n, p in module.model.named_parameters() if p.grad is not None}
             results[name, size, kept] = float(result["loss"]), gradients, len(reductions)
+    module = as_trainable(MODELS["evaluation"]())
+    plain = PlainPass(module, accelerator.prepare_model(module), accelerator, PluginList([]))
+    result = plain.backward(inputs, targets, divisor=1, synchronise=True)
+    gradients = {n: p.grad.clone() for n, p in module.model.named_parameters()}
+    results["evaluation", "plain", None] = float(result["loss"]), gradients, 1
+    said = unused(accelerator, inputs, targets)
     if accelerator.is_main_process:
-        torch.save(results, out)
+        torch.save((results, said), out)
     accelerator.wait_for_everyone()
     os._exit(0)  # tearing down DistributedDataParallel with a hook written in Python can wait for itself
 

@@ -29,6 +29,17 @@ class Pairs(torch.utils.data.Dataset):
         return (self.images[at], self.texts[at]), self.labels[at]
 
 
+class StochasticDepth(nn.Module):
+    """Leaves out examples at random (arXiv 1603.09382), in a form that torch.compile takes whole."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features * nn.functional.dropout(features.new_ones(len(features), 1), self.p, self.training)
+
+
 class TwoTowers(nn.Module):
     """Two perceptrons, perhaps with a layer in common, a scale and, for siglip, a bias."""
 
@@ -46,7 +57,7 @@ class TwoTowers(nn.Module):
             torch.manual_seed(5)
 
             def tower(size: int) -> nn.Sequential:
-                layers = [nn.Linear(size, 8), nn.Tanh(), nn.Dropout(dropout)]
+                layers = [nn.Linear(size, 8), nn.Tanh(), nn.Dropout(dropout), StochasticDepth(dropout)]
                 return nn.Sequential(*layers, nn.BatchNorm1d(8) if norm else nn.Identity())
 
             self.image_model, self.text_model = tower(6), tower(4)
@@ -58,7 +69,7 @@ class TwoTowers(nn.Module):
         self.to(dtype)
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        images, texts = inputs
+        images, texts = [tensor.to(self.logit_scale.dtype) for tensor in inputs]
         u = normalize(self.image_projection(self.image_model(images)), dim=-1)
         v = normalize(self.text_projection(self.text_model(texts)), dim=-1)
         bias = () if self.logit_bias is None else (self.logit_bias,)
@@ -88,6 +99,28 @@ class DictTowers(TwoTowers):
     def forward(self, inputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         image, text, scale = super().forward(inputs)
         return {"image": image, "text": text, "scale": scale}
+
+
+class FunctionTowers(TwoTowers):
+    """The same towers, whose criterion is a method that uses a parameter of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self._modules["criterion"]
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> list[Tensor]:
+        return list(super().forward(inputs)[:2])
+
+    def criterion(self, features: list[Tensor], targets: Any) -> Tensor:
+        logits = self.logit_scale.exp() * features[0] @ features[1].T
+        return nn.functional.cross_entropy(logits, torch.arange(len(logits)))
+
+
+def calibrated() -> TwoTowers:
+    """Frozen towers, of which the temperature alone is trained."""
+    model = TwoTowers().requires_grad_(False)
+    model.logit_scale.requires_grad_(True)
+    return model
 
 
 def full_batch_gradients(model: nn.Module, inputs: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
