@@ -135,7 +135,7 @@ def test_a_compiled_model_replays_its_dropout() -> None:
     inputs, targets = Pairs(39, dtype=torch.float32).batch()
     model = TwoTowers(dropout=0.5, dtype=torch.float32)  # and stochastic depth
     model.image_model = Inside(model.image_model)
-    model.image_model.compile()
+    model.image_model.compile(backend="aot_eager")
     seed_generators(3)
     cache = make_pass(model, 13)  # equal sub-batches: no second shape to compile for
     cache.backward(inputs, targets, divisor=1, synchronise=True)
