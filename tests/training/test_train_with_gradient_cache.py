@@ -118,18 +118,18 @@ class Wrong(TwoTowers):
 @pytest.mark.parametrize(
     ("model", "config", "error", "message"),
     [
-        (TwoTowers(), {"sub_batch_size": 0}, iris_hf.ConfigError, "sub_batch_size must be .* at least 1, got 0"),
-        (TwoTowers(), {"sub_batch_size": 4.0}, iris_hf.ConfigError, "sub_batch_size must be a whole number.* got 4.0"),
-        (TwoTowers(), {"sub_batch_size": "4"}, iris_hf.ConfigError, "sub_batch_size must be a whole number.* got '4'"),
-        (TwoTowers(), {"num_kept_graphs": -1}, iris_hf.ConfigError, "num_kept_graphs must be .* at least 0, got -1"),
+        (TwoTowers(), {"sub_batch_size": 0}, iris_hf.ConfigError, "sub_batch_size must be .*1.* got 0"),
+        (TwoTowers(), {"sub_batch_size": 4.0}, iris_hf.ConfigError, "sub_batch_size must be .* got 4.0"),
+        (TwoTowers(), {"sub_batch_size": "4"}, iris_hf.ConfigError, "sub_batch_size must be .* got '4'"),
+        (TwoTowers(), {"num_kept_graphs": -1}, iris_hf.ConfigError, "num_kept_graphs must .* got -1"),
         (
             TwoTowers(),
             {"num_kept_graphs": 1, "memory_budget_in_mb": 5},
             iris_hf.ConfigError,
             "num_kept_graphs=1 and memory_budget_in_mb=5 say different things",
         ),
-        (TwoTowers(), {"memory_budget_in_mb": -5}, iris_hf.ConfigError, "memory_budget_in_mb must be .* got -5"),
-        (TwoTowers(), {"memory_budget_in_mb": torch.inf}, iris_hf.ConfigError, "must be .* finite, got inf"),
+        (TwoTowers(), {"memory_budget_in_mb": -5}, iris_hf.ConfigError, "memory_budget_in_mb must .* got -5"),
+        (TwoTowers(), {"memory_budget_in_mb": torch.inf}, iris_hf.ConfigError, "memory_budget_in_mb must .* got inf"),
         (
             TwoTowers(norm=True),
             {"sub_batch_size": 11},
