@@ -16,6 +16,8 @@ from iris_hf.models.image_spec import ImageSpec
 from iris_hf.models.recipe import record
 
 MAX_LOGIT_SCALE = math.log(100)
+"""Bound of CLIP's scale, for softmax losses; published SigLIP models lie above it."""
+
 _PARTS = ("image_model", "text_model", "image_projection", "text_projection", "logit_scale")
 
 
@@ -27,7 +29,8 @@ class ImageTextContrastiveModel(nn.Module):
         text_model: Maps tokens to features.
         image_projection: Maps image features into the common space; `Identity` where they are in it already.
         text_projection: The same for text features.
-        logit_scale: What similarities are multiplied by, in log space: a parameter `[]`, at most ln 100.
+        logit_scale: What similarities are multiplied by, in log space: a parameter `[]`; what counts of it for `clip`
+            and `unicl` is at most ln 100.
         logit_bias: What is added after that, a parameter `[]` for `siglip`; otherwise None.
         loss: `clip`, `unicl` or `siglip`.
         criterion: `(features, targets) -> scalar`, where features are what `forward` returns.
@@ -82,7 +85,8 @@ class ImageTextContrastiveModel(nn.Module):
     def forward(self, inputs: tuple[Any, Any]) -> tuple[Tensor, ...]:
         """Map pairs of images and texts to features of length 1.
 
-        In training mode a `logit_scale` above ln 100 is first set back to it, as in CLIP (arXiv 2103.00020).
+        In training mode a `logit_scale` above ln 100 is first set back to it, as in CLIP (arXiv 2103.00020); that of
+        `siglip` has no bound (arXiv 2303.15343).
 
         Args:
             inputs: (images, texts): what the two towers take, N of each.
@@ -98,7 +102,7 @@ class ImageTextContrastiveModel(nn.Module):
                 f"An image-text model takes (images, texts), got {type(inputs).__name__}. The transforms of "
                 "make_image_text_transform and make_image_caption_transform give such pairs."
             )
-        if self.training and self.logit_scale.requires_grad:
+        if self.training and self.logit_scale.requires_grad and self.loss != "siglip":
             # .data: a graph that an earlier forward has left, and that saw the same value, stays valid.
             self.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
         image_features, text_features = self.encode_image(inputs[0]), self.encode_text(inputs[1])
@@ -108,10 +112,14 @@ class ImageTextContrastiveModel(nn.Module):
                 f"{tuple(text_features.shape)}. There must be one text for each image, and features of one length: "
                 "give make_image_text_contrastive_model image_feature_dim and text_feature_dim to project them."
             )
-        scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        scale = self.bounded_logit_scale().exp()
         if self.logit_bias is None:
             return image_features, text_features, scale
         return image_features, text_features, scale, self.logit_bias
+
+    def bounded_logit_scale(self) -> Tensor:
+        """Give what counts of the `logit_scale`: at most ln 100 for `clip` and `unicl`."""
+        return self.logit_scale if self.loss == "siglip" else self.logit_scale.clamp(max=MAX_LOGIT_SCALE)
 
     def encode_image(self, images: Any) -> Tensor:
         """Map images to features `[N, F]` of length 1."""
@@ -200,7 +208,7 @@ class SplitModel(NamedTuple):
     Attributes:
         image_model: Maps images to features `[N, F]`.
         text_model: Maps tokens to features `[N, F]`.
-        logit_scale: What similarities are multiplied by, in log space, `[]`: at most ln 100, as in the model's forward.
+        logit_scale: What similarities are multiplied by, in log space, `[]`, as it counts in the model's forward.
     """
 
     image_model: nn.Module
@@ -277,11 +285,9 @@ def split_image_text_model(model: nn.Module, *, append_normalizer: bool = True) 
     Raises:
         ConfigError: If the model lacks one of them.
     """
-    return SplitModel(
-        split_tower(model, tower="image", append_normalizer=append_normalizer),
-        split_tower(model, tower="text", append_normalizer=append_normalizer),
-        model.logit_scale.detach().clamp(max=MAX_LOGIT_SCALE),  # type: ignore[operator]
-    )
+    image, text = (split_tower(model, tower=tower, append_normalizer=append_normalizer) for tower in ("image", "text"))
+    scale = model.bounded_logit_scale() if isinstance(model, ImageTextContrastiveModel) else model.logit_scale
+    return SplitModel(image, text, scale.detach().clone())  # type: ignore[operator]
 
 
 def split_tower(model: nn.Module, *, tower: Literal["image", "text"], append_normalizer: bool = True) -> Tower:

@@ -182,6 +182,15 @@ def test_double_precision_goes_through(name):
     assert model.training_step((images.double(), tokens), torch.tensor([0, 1]))["loss"].dtype == torch.float64
 
 
+def test_the_scale_of_siglip_has_no_bound():  # published ones are about 117
+    model = make("hf-siglip")
+    model.logit_scale.data.fill_(4.765)
+    inputs = make_pairs()
+    for mode in (True, False):
+        assert model.train(mode)(inputs)[2].item() == pytest.approx(math.exp(4.765))
+    assert split_image_text_model(model).logit_scale.item() == pytest.approx(4.765)
+
+
 def test_the_scale_stays_below_one_hundred_and_can_come_back():
     model = make_tiny().train()
     inputs, _ = tiny_batch()
@@ -322,7 +331,8 @@ def test_split_parts_give_the_features_of_the_whole(name):
     assert torch.equal(parts.logit_scale, model.logit_scale)
     assert parts.logit_scale is not model.logit_scale
     model.logit_scale.data.fill_(7.0)
-    assert split_image_text_model(model).logit_scale.item() == pytest.approx(math.log(100))  # as in forward
+    wanted = 7.0 if model.loss == "siglip" else math.log(100)
+    assert split_image_text_model(model).logit_scale.item() == pytest.approx(wanted)  # as in forward
     assert not {id(p) for p in model.parameters()} & {id(p) for part in parts[:2] for p in part.parameters()}
 
 
