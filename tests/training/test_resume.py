@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import environment, run_python, run_ranks
+from launching import environment, run_python, torchrun
 from tiny import train_tiny
 
 import iris_hf
@@ -28,7 +28,7 @@ SCRIPT = str(Path(__file__).with_name("resume_run.py"))
 
 def run(out: Path, arguments: dict[str, Any], num_processes: int = 1) -> int:
     command = (SCRIPT, str(out), json.dumps(arguments))
-    done = run_python(*command) if num_processes == 1 else run_ranks(num_processes, *command)
+    done = run_python(*command) if num_processes == 1 else torchrun(num_processes, *command)
     print(done.stderr)  # shown where the test fails
     if done.returncode == 0:
         assert out.exists()
