@@ -6,6 +6,7 @@ Half of a short test would be imports otherwise. They are processes of their own
 """
 
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 def run(script: str, arguments: list[str]) -> None:
     """Be a rank."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the agent's
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
     runpy.run_path(script, run_name="__main__")

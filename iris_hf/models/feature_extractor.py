@@ -74,9 +74,10 @@ class FeatureExtractor(nn.Module):
         try:
             self.model(inputs)
         except _Reached as reached:
-            if reached.stop is not self._stop:  # that of an extractor around this one
+            stop, output = reached.args
+            if stop is not self._stop:  # that of an extractor around this one
                 raise
-            return (reached.output,)
+            return (output,)
         return None
 
     def _run_through(self, inputs: Any) -> tuple[Any] | None:
@@ -102,15 +103,11 @@ def _is_exporting() -> bool:
 
 
 class _Reached(Exception):
-    """Carries an output past everything that would have come after it.
+    """Carries the hook that stopped, and an output, past everything that would have come after it.
 
-    It needs no place to keep the output between the part and the caller, so threads don't meet.
+    It needs no place to keep the output between the part and the caller, so threads don't meet. They are its `args`:
+    torch.export cannot trace an exception with an `__init__`.
     """
-
-    def __init__(self, stop: _Stop, output: Any) -> None:
-        super().__init__()
-        self.stop = stop
-        self.output = output
 
 
 class _Stop:
