@@ -195,9 +195,8 @@ def config_values(task: Task, config: Any, context: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             values[field.name] = _as_mapping(value)
         elif isinstance(value, str) and not takes_text(field.annotation):
-            values[field.name] = Literally.read(
-                value
-            )  # a variable for one of several types, such as a number or a list
+            # A variable for one of several types, such as a number or a list.
+            values[field.name] = Literally.read(value)
     if values.get("plugins"):
         values["plugins"] = [_without_variables(plugin, context) for plugin in values["plugins"]]
     for name, (parameter, _) in _OTHER_WORDS.get(task.name, {}).items():

@@ -130,7 +130,8 @@ def is_export(folder: Path) -> bool:
 
 def _load(folder: Path) -> nn.Module:
     from iris_hf.models.sources.text_encoders import load_hf_text_encoder
-    from iris_hf.models.sources.transformers import check_weights, load_hf_model
+    from iris_hf.models.sources.transformers import load_hf_model
+    from iris_hf.models.sources.weights import check_weights
 
     recipe_file = folder / _RECIPE_FILE
     if is_export(folder):

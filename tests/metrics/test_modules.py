@@ -1,9 +1,7 @@
 """Every metric keeps the promises of an `evaluate` module: loaded by path, combined, pickled, batched, distributed."""
 
 import json
-import os
 import pickle
-import socket
 import subprocess
 import sys
 import warnings
@@ -12,6 +10,7 @@ from pathlib import Path
 import evaluate
 import pytest
 import torch
+from launching import run_ranks
 
 import iris_hf.metrics
 from iris_hf.errors import ConfigError, DataError
@@ -208,13 +207,13 @@ def test_metrics_load_lazily():
 
 
 WORKER = """
-import json, sys, torch
+import json, torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from test_modules import CASES
 from iris_hf import metrics
 
-accelerator = Accelerator()
+accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
 results = {}
 for metric_class, (predictions, references) in CASES.items():
@@ -236,18 +235,8 @@ torch.distributed.destroy_process_group()
 
 def test_two_processes_that_gather_13_examples_score_as_one(tmp_path):
     script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    here, root = Path(__file__).parent, Path(iris_hf.__file__).parents[1]
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(here), str(root)]),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    script.write_text(f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n{WORKER}")
+    done = run_ranks(2, str(script))
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULTS"))
     results = json.loads(line.removeprefix("RESULTS "))

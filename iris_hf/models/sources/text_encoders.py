@@ -8,17 +8,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from iris_hf.errors import ConfigError, unknown_name
 from iris_hf.models.recipe import record
+from iris_hf.models.sources.configurations import describe_config, is_stored, make_config, naming_the_config
 from iris_hf.models.sources.image_text import longest_text
 from iris_hf.models.sources.packaged import resolve_packaged
-from iris_hf.models.sources.transformers import (
-    describe_config,
-    find_tokenizer,
-    is_stored,
-    load_network,
-    make_config,
-    naming_the_config,
-    refuse_wrong_weights,
-)
+from iris_hf.models.sources.transformers import find_tokenizer
+from iris_hf.models.sources.weights import load_network, refuse_wrong_weights
 from iris_hf.models.text_encoder import Pooling, TextEncoder
 
 if TYPE_CHECKING:

@@ -1,0 +1,102 @@
+"""What image processors and configurations of transformers say of the images that a model takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from iris_hf.errors import DataError
+from iris_hf.models.sources.image_text import IMAGE_TEXT_TYPES
+
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""PIL's numbers, as processors store them."""
+
+
+def load_processor(source: str) -> Any:
+    """The image processor of a repository or folder, or None if it has none."""
+    import transformers
+    from transformers import AutoImageProcessor, ImageProcessingMixin
+
+    try:
+        ImageProcessingMixin.get_image_processor_dict(source)
+    except OSError:
+        return None
+    slow = {"use_fast": False} if transformers.__version__.startswith("4.") else {}
+    try:
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **slow)
+    except ValueError as error:
+        raise DataError(f"The image processor of {source!r} cannot be loaded: {error}") from error
+
+
+def fields_of_processor(processor: Any) -> dict[str, Any]:
+    """What an image processor does, as fields of an ImageSpec."""
+
+    def get(name: str, default: Any = None) -> Any:
+        value = getattr(processor, name, None)
+        return default if value is None else value
+
+    factor = 255 * get("rescale_factor", 1 / 255) if get("do_rescale", False) else 255.0
+    offset = 1.0 if get("rescale_offset", False) else 0.0
+    normalizes = get("do_normalize", False)
+    mean = get("image_mean", [0.5] * 3) if normalizes else [0.0] * 3
+    std = get("image_std", [0.5] * 3) if normalizes else [1.0] * 3
+    fields: dict[str, Any] = {
+        "mean": tuple((m + offset) / factor for m in mean),
+        "std": tuple(s / factor for s in std),
+        "interpolation": RESAMPLE.get(int(get("resample", 2)), "bilinear"),
+        "channels": "bgr" if get("do_flip_channel_order", False) else "rgb",
+    }
+    if get("include_top", False) and normalizes:  # EfficientNet divides by the deviation a second time
+        fields["std"] = tuple(a * b for a, b in zip(fields["std"], std, strict=True))
+    size = {k: v for k, v in dict(get("size", {})).items() if v is not None}
+    crop = {k: v for k, v in dict(get("crop_size", {})).items() if v is not None}
+    short = size.get("shortest_edge")
+    if get("do_center_crop", False) and crop:
+        scaled = short or min(size.get("height", crop["height"]), size.get("width", crop["width"]))
+        fraction = min(1.0, min(crop["height"], crop["width"]) / scaled)
+        fields.update(height=crop["height"], width=crop["width"], resize="crop", crop_fraction=fraction)
+    elif "height" in size:
+        fields.update(height=size["height"], width=size["width"], resize="squash")
+    elif short and "longest_edge" in size:
+        fields.update(height=short, width=size["longest_edge"], resize="fit")
+    elif short and get("crop_pct") is not None:  # ConvNeXt
+        squash = short >= 384
+        fields.update(height=short, width=short, resize="squash" if squash else "crop")
+        fields["crop_fraction"] = 1.0 if squash else get("crop_pct")
+    elif short:
+        fields.update(height=short, width=short, resize="crop")
+    return fields
+
+
+def fields_of_config(settings: Any, target_type: str) -> dict[str, Any]:
+    """What is known of the images where there is a configuration but no image processor."""
+    size = getattr(getattr(settings, "vision_config", settings), "image_size", None)
+    squash_to = {"detection": 640, "segmentation": 512}.get(target_type, 224)
+    fields: dict[str, Any] = {"resize": "squash"}
+    if target_type == "detection" and settings.model_type not in ("d_fine", "rt_detr", "rt_detr_v2"):
+        fields["resize"] = "fit"
+        size = size or (800, 1333)
+    size = size or squash_to
+    fields["height"], fields["width"] = (size, size) if isinstance(size, int) else size
+    if target_type == "image_text":
+        fields.update(IMAGE_TEXT_TYPES[settings.model_type].image_fields)
+    if settings.model_type.startswith("mobilevit"):
+        fields.update(mean=(0.0,) * 3, std=(1.0,) * 3, channels="bgr")
+    return fields
+
+
+def has_fixed_size(network: Any) -> bool:
+    """Whether positions are learnt for one size of images (those of Swin are relative to a window)."""
+    names = [name for name, _ in network.named_parameters()]
+    windows = network.config.model_type.startswith("swin")
+    return any("position_embeddings" in n or ("relative_position_bias" in n and not windows) for n in names)
+
+
+def detection_processor_type(settings: Any) -> Any:
+    """The class of the image processor that belongs to a detector's configuration."""
+    import transformers
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    types = IMAGE_PROCESSOR_MAPPING.get(type(settings), None)
+    if types is None:  # RT-DETR v2 on 4.x
+        return transformers.RTDetrImageProcessor
+    return types["torchvision"] if isinstance(types, dict) else types[0]

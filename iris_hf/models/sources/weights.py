@@ -1,0 +1,75 @@
+"""Weights of transformers: safetensors, all of them, or an error that names what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iris_hf.errors import DataError
+
+
+def load_network(auto_class: Any, source: str, settings: Any, *, exact: bool) -> tuple[Any, dict[str, list[str]]]:
+    """Load a model of transformers with its weights.
+
+    Args:
+        auto_class: Whose `from_pretrained` loads it.
+        source: A repository or folder.
+        settings: Its configuration.
+        exact: Whether the weights keep their precision; otherwise they become float32.
+
+    Returns:
+        The model, and the names of weights that don't fit by what is wrong with them, such as `missing_keys`.
+
+    Raises:
+        DataError: If there are no readable safetensors.
+    """
+    if Path(source).is_dir():
+        check_weights(Path(source))
+    try:
+        network, info = auto_class.from_pretrained(
+            source,
+            config=settings,
+            dtype="auto" if exact else torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:
+        raise DataError(f"The weights of {source!r} cannot be loaded: {error}") from error
+    return network, {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
+
+
+def refuse_wrong_weights(source: object, wrong: Mapping[str, list[str]]) -> None:
+    """Make sure that weights fit.
+
+    Raises:
+        DataError: If :func:`load_network` found any that don't.
+    """
+    if wrong:
+        listed = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:3])}" for k, v in wrong.items())
+        raise DataError(f"The weights of {str(source)!r} don't belong to its configuration. {listed}.")
+
+
+def check_weights(folder: Path) -> None:
+    """Make sure that a folder holds readable safetensors.
+
+    Raises:
+        DataError: If there are none, only pickles, or a file is cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+        found = f" {', '.join(pickles)} is a pickle, which may run code and is not read." if pickles else ""
+        raise DataError(f"{str(folder)!r} holds no weights (*.safetensors).{found} Save the model as safetensors.")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise DataError(f"{str(file)!r} is cut short or no safetensors file: {error}") from error
