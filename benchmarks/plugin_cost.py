@@ -148,7 +148,7 @@ def main() -> None:
     logger.addHandler(logging.FileHandler(os.devnull))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     dataset = Tensors(BATCH_SIZE * STEPS)
-    for model in (ConvNet(26), DeepNet(30)):
+    for model in (ConvNet(32), DeepNet(30)):
         sides: dict[str, list[float]] = {"without": [], "with": []}
         hooks: list[dict[str, float]] = []
         with tempfile.TemporaryDirectory() as folder:
