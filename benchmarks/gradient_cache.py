@@ -2,11 +2,11 @@
 
     python benchmarks/gradient_cache.py [--original FOLDER] [--device cuda]
 
-Every row runs in a process of its own: four steps of one batch, and seconds are the median of the last three (on a CPU,
-the process's own CPU time: run it on one thread). Memory is the peak of the process above what it had before training;
-"less data" leaves out the batch's inputs and its features, their gradients and copies. The promise: that column is
-flat. FOLDER holds the source of irisml-tasks-training (its `irisml` folder),
-whose gradient cache is then measured beside ours.
+Every row runs in a process of its own: --steps steps of one batch, and seconds are the median of all but the first
+(on a CPU, the process's own CPU time: run it on one thread). Memory is the peak of the process above what it had before
+training; "less data" leaves out the batch's inputs and its features, their gradients and copies. The promise: that
+column is flat. FOLDER holds the source of irisml-tasks-training (its `irisml` folder), whose gradient cache is then
+measured beside ours.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from iris_hf.losses.criterion import ContrastiveCriterion
 SUB_BATCH, DIM, VOCABULARY, LENGTH, SIZE = 32, 128, 1000, 16, 32
 INPUT_BYTES = 4 * 3 * SIZE * SIZE + 8 * LENGTH
 FEATURE_BYTES = 2 * 4 * DIM  # an image's and a text's
-STEPS = 4
 COPIES = 4  # features, as they were made and joined, and their gradients, as they came and divided
 
 
@@ -95,11 +94,11 @@ class Watch(iris_hf.Plugin):
         self.seconds.append(clock(state.accelerator.device.type) - self.start)
 
 
-def measure(kind: str, batch_size: int, device: str, original: str | None) -> tuple[float, float]:
+def measure(kind: str, batch_size: int, num_steps: int, device: str, original: str | None) -> tuple[float, float]:
     """Return MiB of extra peak memory and seconds of a step."""
     dataset = Pairs(batch_size)
     settings: dict[str, Any] = {
-        "num_epochs": STEPS,
+        "num_epochs": num_steps,
         "batch_size": batch_size,
         "base_lr": 0.01,
         "num_dataloader_workers": 0,
@@ -144,7 +143,7 @@ def measure_original(dataset: Pairs, settings: dict[str, Any], device: str, fold
         device=torch.device(device),
     )
     loader = torch.utils.data.DataLoader(dataset, batch_size=settings["batch_size"], shuffle=True)
-    trainer.train(loader, None, STEPS)
+    trainer.train(loader, None, settings["num_epochs"])
     return peak(before, device), statistics.median(trainer.seconds[1:])
 
 
@@ -158,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--original", help="folder with the source of irisml-tasks-training")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024, 4096, 16384])
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}, sub-batch {SUB_BATCH}")
@@ -169,7 +169,8 @@ def main() -> None:
             kinds.append("original")
         for kind in kinds:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                memory, seconds = pool.apply(measure, (kind, batch_size, arguments.device, arguments.original))
+                options = (kind, batch_size, arguments.steps, arguments.device, arguments.original)
+                memory, seconds = pool.apply(measure, options)
             data = batch_size * (INPUT_BYTES + COPIES * FEATURE_BYTES) / 2**20
             print(f"| {batch_size} | {kind} | {memory:.0f} | {memory - data:.0f} | {seconds:.2f} |", flush=True)
 
