@@ -4,10 +4,11 @@
     accelerate launch --num_processes 1 examples/benchmark.py --model vit_tiny_patch16_224 --runtimes torch onnx
 
 Any model of timm, or with `--from` any folder of `save_pretrained` or repository of the Hub, is measured on random
-images at every batch size. It is exported to ONNX first, which needs `pip install "iris-hf[onnx]"`; `compiled` needs a
-C++ compiler on a CPU. The first iteration, which compiles, does not count. `--training` measures forward and backward
-pass of the torch runtimes, too. With `--runtimes torch onnx --batch-sizes 1 4` it takes a minute and prints, on one CPU
-core that other programs used as well (so compare the lines, and not with other machines),
+images at every batch size. It is exported to ONNX first, which needs `pip install "iris-hf[onnx5]"` (with transformers
+4 `"iris-hf[onnx]"`); `compiled` needs a C++ compiler on a CPU. The first iteration, which compiles, does not count.
+`--training` measures forward and backward pass of the torch runtimes, too. With `--runtimes torch onnx --batch-sizes
+1 4` it takes a minute and prints, on one CPU core that other programs used as well (so compare the lines, and not with
+other machines),
 
     resnet18, 224 x 224 pixels, CPU threads: 1
                     batch  predict ms     p50     p95  predict ex/s  data ms   GFLOP  M params  host MiB

@@ -4,10 +4,11 @@
     python examples/export_and_push.py your-name/digits
     python examples/export_and_push.py your-name/digits --dry-run     # says what it would upload, and asks no Hub
 
-A small vision transformer learns scikit-learn's digits. It is exported to ONNX (`pip install "iris-hf[onnx]"`), which
-includes the proof that ONNX Runtime gives the same, and both go to a private repository of the Hub, with a model card.
-Then another Python process with an empty cache pulls them and predicts, once with the pulled model and once with ONNX
-Runtime. HF_ENDPOINT chooses another Hub, and HF_TOKEN another token. It takes 40 seconds on one CPU core and prints
+A small vision transformer learns scikit-learn's digits. It is exported to ONNX, which includes the proof that ONNX
+Runtime gives the same (`pip install "iris-hf[onnx5]"`, with transformers 4 `"iris-hf[onnx]"`), and both go to a private
+repository of the Hub, with a model card. Then another Python process with an empty cache pulls them and predicts, once
+with the pulled model and once with ONNX Runtime. HF_ENDPOINT chooses another Hub, and HF_TOKEN another token. It takes
+40 seconds on one CPU core and prints
 
     test accuracy: 0.928 on 360 digits
     exported to ONNX: 0.3 MiB

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from iris_hf._version import __version__
-from iris_hf.errors import ConfigError, IrisHFError
+from iris_hf.errors import ConfigError, IrisHFError, unknown_name
 
 if typing.TYPE_CHECKING:
     from iris_hf.tasks import Field, Task
@@ -34,9 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from iris_hf.irisml import commands
 
             return commands.run(rest) if command == "run" else commands.show(rest)
-        from iris_hf.tasks import find_task
+        from iris_hf.tasks import TASKS
 
-        return _run(find_task(command), rest)
+        if command not in TASKS:
+            raise unknown_name("command", command, [*TASKS, "tasks", "run", "show"])
+        return _run(TASKS[command], rest)
     except IrisHFError as error:
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()) if "\n" not in note)
         print(f"iris-hf: error: {error}{notes}", file=sys.stderr)
@@ -82,6 +84,11 @@ def _run(task: Task, arguments: Sequence[str]) -> int:
     for field in task.inputs:
         if _is_function(field.annotation):
             inputs[field.name] = _default_function(field.name, inputs)
+            if inputs[field.name] is None and field.is_required:
+                raise ConfigError(
+                    f"{task.name} needs a function as {field.name}, which no text can name. Call "
+                    f"iris_hf.{task.python_name} from Python, or let a job's task make it (docs/irisml.md)."
+                )
         elif options[field.name] is not None:
             inputs[field.name] = read_input(field, options[field.name])
         elif not field.is_required:

@@ -9,6 +9,8 @@ from typing import Any, get_origin
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -63,15 +65,23 @@ def read_tensor(text: str) -> Any:
             return torch.from_numpy(np.load(path, allow_pickle=False))
         if path.suffix == ".json":
             return _of_lists(json.loads(path.read_text()))
-        from safetensors.torch import load_file
-
         tensors = load_file(path)
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError, SafetensorError) as error:
         raise DataError(f"{text!r} cannot be read: {error}") from error
-    return tensors["values"] if "values" in tensors else [tensors[str(i)] for i in range(len(tensors))]
+    if "values" in tensors:
+        return tensors["values"]
+    numbers = [str(i) for i in range(len(tensors))]
+    if set(numbers) != set(tensors):
+        raise DataError(
+            f"{text!r} holds the tensors {', '.join(sorted(tensors))}. Name one tensor 'values', or the tensors of a "
+            "list '0', '1' and so on."
+        )
+    return [tensors[number] for number in numbers]
 
 
 def _of_lists(values: Any) -> Any:
+    if not isinstance(values, list):
+        raise ValueError(f"it holds no list but {type(values).__name__}")
     try:
         return torch.tensor(values)
     except (ValueError, TypeError):

@@ -58,16 +58,21 @@ class Task:
     output: str | None = None
     function_name: str | None = None
 
+    @property
+    def python_name(self) -> str:
+        """What the function is called in `iris_hf`."""
+        return self.function_name or self.name
+
     @cached_property
     def function(self) -> Callable[..., Any]:
         """The task itself."""
-        function: Callable[..., Any] = getattr(import_module(self.home), self.function_name or self.name)
+        function: Callable[..., Any] = getattr(import_module(self.home), self.python_name)
         return function
 
     @cached_property
     def summary(self) -> str:
         """The first line of the docstring."""
-        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+        return _plain((inspect.getdoc(self.function) or "").partition("\n")[0])
 
     @cached_property
     def inputs(self) -> tuple[Field, ...]:
@@ -132,7 +137,12 @@ def _described(documented: Any, section: str) -> dict[str, str]:
     found = re.search(rf"^{section}:\n((?:[ ]{{4}}.*\n?|\n)+)", doc, re.MULTILINE)
     entries = re.split(r"^    (?=\w+: )", found.group(1), flags=re.MULTILINE) if found else []
     pairs = (entry.partition(": ") for entry in entries if ": " in entry)
-    return {name.strip(): " ".join(text.split()) for name, _, text in pairs}
+    return {name.strip(): _plain(" ".join(text.split())) for name, _, text in pairs}
+
+
+def _plain(text: str) -> str:
+    """Return text of a docstring as people read it: without roles, and with public names alone."""
+    return re.sub(r":\w+:`(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
 
 
 TASKS: Mapping[str, Task] = {
@@ -201,7 +211,7 @@ def markdown_table() -> str:
     lines = ["| task | inputs | config | outputs | |", "|---|---|---|---|---|"]
     for task in TASKS.values():
         cells = (
-            f"`{task.name}`",
+            f"`{task.name}`" if task.name == task.python_name else f"`{task.name}` (`iris_hf.{task.python_name}`)",
             ", ".join(map(_cell, task.inputs)),
             ", ".join(map(_cell, task.config)),
             ", ".join(f"`{field.name}`" for field in task.outputs),

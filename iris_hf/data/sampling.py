@@ -123,7 +123,8 @@ def make_oversampled_dataset(
         )
     examples = open_examples(dataset)
     num_examples = len(examples)
-    num_draws = max(0, min_num_samples - num_examples, int((oversampling_rate - 1) * num_examples))
+    # 0.2 * 10 is less than 2 in floating point where 0.2 is 1.2 - 1
+    num_draws = max(0, min_num_samples - num_examples, int((oversampling_rate - 1) * num_examples + 1e-9))
     if num_draws == 0:
         if balance:
             warnings.warn(

@@ -87,7 +87,14 @@ def _quantize(file: Path) -> None:
         from transformers import PretrainedConfig
     except ImportError:
         target = file.with_name("quantized.onnx")
-        quantize_dynamic(file, target, op_types_to_quantize=_QUANTIZED, per_channel=False, weight_type=QuantType.QUInt8)
+        quantize_dynamic(
+            file,
+            target,
+            op_types_to_quantize=_QUANTIZED,
+            per_channel=False,
+            weight_type=QuantType.QUInt8,
+            extra_options={"MatMulConstBOnly": False},  # as Optimum: products of what is computed, too
+        )
         target.replace(file)
         return
     settings = AutoQuantizationConfig.avx2(is_static=False, per_channel=False, operators_to_quantize=_QUANTIZED)

@@ -132,7 +132,7 @@ def load_onnx(
         MissingDependencyError: If ONNX Runtime is missing.
     """
     if importlib.util.find_spec("onnxruntime") is None:
-        raise MissingDependencyError("load_onnx needs onnxruntime: pip install 'iris-hf[onnx]'.")
+        raise MissingDependencyError("load_onnx needs onnxruntime: pip install onnxruntime.")
     path = Path(folder)
     description = read_description(path)
     if description.get("tokenizer_name") == HERE:

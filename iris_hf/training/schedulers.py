@@ -155,7 +155,7 @@ class LearningRateSchedule:
         return base_lr * (1 + (end - 1) * min(step / total, 1))
 
     def _decay(self, step: int, total: int) -> float:
-        milestones = sorted(int(total * milestone) for milestone in self.config.decay_milestones or ())
+        milestones = sorted(int(total * milestone + 1e-9) for milestone in self.config.decay_milestones or ())
         return float(self.config.decay_rate ** bisect_right(milestones, step))
 
     def apply(self, optimizer: Optimizer, base_lrs: Sequence[float], step: int) -> None:

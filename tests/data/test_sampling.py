@@ -158,7 +158,15 @@ def test_streaming_empty_and_several_splits_are_errors():
 
 @pytest.mark.parametrize(
     ("count", "minimum", "rate", "length"),
-    [(3, 10, 1.0, 10), (3, 0, 3.0, 9), (3, 8, 3.0, 9), (3, 12, 3, 12), (10, 0, 1.25, 12), (7, 8, 1.1, 8)],
+    [
+        (3, 10, 1.0, 10),
+        (3, 0, 3.0, 9),
+        (3, 8, 3.0, 9),
+        (3, 12, 3, 12),
+        (10, 0, 1.25, 12),
+        (10, 0, 1.2, 12),
+        (7, 8, 1.1, 8),
+    ],
 )
 @pytest.mark.parametrize("balance", [False, True])
 def test_oversampled_are_the_originals_and_then_the_draws(count, minimum, rate, length, balance):

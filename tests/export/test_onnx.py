@@ -396,6 +396,18 @@ def test_integers_are_smaller_and_their_error_is_reported():
         export_onnx(nn.Conv2d(3, 2, 3), input_size=16, precision="int8")
 
 
+def test_integers_multiply_what_is_computed():
+    import onnx
+
+    class Products(nn.Module):
+        def forward(self, images):
+            rows = images.flatten(2)
+            return rows @ rows.transpose(1, 2)
+
+    data = export_onnx_model(Products(), input_size=16, precision="int8").data
+    assert "MatMulInteger" in {node.op_type for node in onnx.load_from_string(data).graph.node}
+
+
 def test_no_path_of_this_machine_is_in_the_file():
     data = export_onnx(Stepped(), input_size=16)
     assert str(Path(__file__).parents[2]).encode() not in data

@@ -57,6 +57,12 @@ def test_warm_up_is_that_of_torch(name: str, length: dict[str, int]) -> None:
     assert ours == pytest.approx(of_torch(warmed))
 
 
+def test_milestones_are_the_steps_that_fractions_of_a_run_name() -> None:
+    config = LrSchedulerConfig(name="multistep", decay_milestones=[0.29], decay_rate=0.5)
+    schedule = LearningRateSchedule(config=config, steps_per_epoch=1, num_epochs=100)
+    assert [schedule.learning_rate(1.0, step) for step in (28, 29)] == [1.0, 0.5]  # 100 * 0.29 is 28.999999999999996
+
+
 def test_a_linear_curve_may_rise() -> None:
     rates = curve({"name": "linear", "end_factor": 3.0})
     assert rates[0] == pytest.approx(0.3)
