@@ -3,10 +3,10 @@
     accelerate launch examples/detection.py path/to/BCCD --overfit 8 --epochs 400     # the sanity check
     accelerate launch examples/detection.py path/to/BCCD --epochs 30
 
-The folder holds `instances_train.json`, `instances_test.json` and `images/`, such as BCCD's blood cells
-(github.com/Shenggan/BCCD_Dataset, 640x480 pixels, red cells, white cells and platelets). A small RT-DETR (Zhao et
-al., arXiv 2304.08069; 0.6 million parameters) is built from its configuration and starts from random weights, at
-192x160 pixels.
+It needs `pip install "iris-hf[detection,examples]"`. The folder holds `instances_train.json`, `instances_test.json` and
+`images/`, such as BCCD's blood cells (github.com/Shenggan/BCCD_Dataset, 640x480 pixels, red cells, white cells and
+platelets). A small RT-DETR (Zhao et al., arXiv 2304.08069; 0.6 million parameters) is built from its configuration and
+starts from random weights, at 192x160 pixels.
 
 With `--overfit 8` it trains and is scored on the same eight images, without augmentation: a mistake in targets,
 matching or boxes would show. On two CPU cores that takes some minutes and prints `AP50 0.990, AP75 0.824`.

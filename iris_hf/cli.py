@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "tasks":
             return _list_tasks(rest)
+        if command == "plugins":
+            return _list_plugins(rest)
         if command in ("run", "show"):
             from iris_hf.irisml import commands
 
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from iris_hf.tasks import TASKS
 
         if command not in TASKS:
-            raise unknown_name("command", command, [*TASKS, "tasks", "run", "show"])
+            raise unknown_name("command", command, [*TASKS, "tasks", "plugins", "run", "show"])
         return _run(TASKS[command], rest)
     except IrisHFError as error:
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()) if "\n" not in note)
@@ -50,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="iris-hf",
         description="The irisml training tasks on the Hugging Face stack.",
         usage="iris-hf [--version] COMMAND ...",
-        epilog="Commands: `tasks` lists the tasks; `iris-hf TASK --help` says what one takes; `run` runs an irisml "
-        "job; `show` shows a task of jobs. "
+        epilog="Commands: `tasks` lists the tasks; `iris-hf TASK --help` says what one takes; `plugins` lists the "
+        "plugins; `run` runs an irisml job; `show` shows a task of jobs. "
         "Several processes: `accelerate launch -m iris_hf TASK ...`.",
     )
     parser.add_argument("--version", action="version", version=f"iris_hf {__version__}")
@@ -62,14 +64,30 @@ def _list_tasks(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="iris-hf tasks", description="List the tasks.")
     parser.add_argument("--markdown", action="store_true", help="print the documentation table")
     options = parser.parse_args(arguments)
-    from iris_hf.tasks import TASKS, markdown_table
-
     if options.markdown:
-        print(markdown_table(), end="")
+        from iris_hf.tables import tasks_in_markdown
+
+        print(tasks_in_markdown(), end="")
         return 0
+    from iris_hf.tasks import TASKS
+
     width = max(map(len, TASKS))
     for name, task in TASKS.items():
         print(f"{name:<{width}}  {task.summary}")
+    return 0
+
+
+def _list_plugins(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="iris-hf plugins", description="List the plugins and their arguments.")
+    parser.add_argument("--markdown", action="store_true", help="print the documentation table")
+    options = parser.parse_args(arguments)
+    from iris_hf.tables import plugins, plugins_in_markdown
+
+    if options.markdown:
+        print(plugins_in_markdown(), end="")
+        return 0
+    for call, text, meanings in plugins():
+        print(f"{call}\n    {text}", *(f"\n    {name}: {meaning}" for name, meaning in meanings.items()), sep="")
     return 0
 
 

@@ -72,7 +72,7 @@ class Task:
     @cached_property
     def summary(self) -> str:
         """The first line of the docstring."""
-        return _plain((inspect.getdoc(self.function) or "").partition("\n")[0])
+        return plain((inspect.getdoc(self.function) or "").partition("\n")[0])
 
     @cached_property
     def inputs(self) -> tuple[Field, ...]:
@@ -92,7 +92,7 @@ class Task:
             return (Field(name=self.output, annotation=returned),)
         if returned is types.NoneType:
             return ()
-        texts = _described(returned, "Attributes")
+        texts = described(returned, "Attributes")
         hints = typing.get_type_hints(returned)
         return tuple(Field(name=n, annotation=hints[n], help=texts.get(n, "")) for n in returned._fields)
 
@@ -107,7 +107,7 @@ class Task:
 
     @cached_property
     def _parameters(self) -> list[tuple[Field, Any]]:
-        texts, hints = _described(self.function, "Args"), self._hints
+        texts, hints = described(self.function, "Args"), self._hints
         return [
             (Field(name=p.name, annotation=hints[p.name], default=p.default, help=texts.get(p.name, "")), p.kind)
             for p in inspect.signature(self.function).parameters.values()
@@ -131,17 +131,17 @@ class _Names(dict[str, Any]):
         return self._module_names.get(name, getattr(builtins, name, Any))
 
 
-def _described(documented: Any, section: str) -> dict[str, str]:
+def described(documented: Any, section: str) -> dict[str, str]:
     """Return name -> text of one section of a Google-style docstring."""
     doc = inspect.getdoc(documented) or ""
     found = re.search(rf"^{section}:\n((?:[ ]{{4}}.*\n?|\n)+)", doc, re.MULTILINE)
     entries = re.split(r"^    (?=\w+: )", found.group(1), flags=re.MULTILINE) if found else []
     pairs = (entry.partition(": ") for entry in entries if ": " in entry)
-    return {name.strip(): _plain(" ".join(text.split())) for name, _, text in pairs}
+    return {name.strip(): plain(" ".join(text.split())) for name, _, text in pairs}
 
 
-def _plain(text: str) -> str:
-    """Return text of a docstring as people read it: without roles, and with public names alone."""
+def plain(text: str) -> str:
+    """Return text of a docstring without Sphinx's roles and modules' names."""
     return re.sub(r":\w+:`(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
 
 
@@ -204,22 +204,3 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         raise unknown_name("task", name, TASKS)
     return TASKS[name]
-
-
-def markdown_table() -> str:
-    """Return the documentation table of all tasks."""
-    lines = ["| task | inputs | config | outputs | |", "|---|---|---|---|---|"]
-    for task in TASKS.values():
-        cells = (
-            f"`{task.name}`" if task.name == task.python_name else f"`{task.name}` (`iris_hf.{task.python_name}`)",
-            ", ".join(map(_cell, task.inputs)),
-            ", ".join(map(_cell, task.config)),
-            ", ".join(f"`{field.name}`" for field in task.outputs),
-            task.summary,
-        )
-        lines.append("| " + " | ".join(cells).replace("\n", " ") + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(field: Field) -> str:
-    return f"`{field.name}`" if field.is_required else f"`{field.name}={field.default!r}`"

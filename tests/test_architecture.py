@@ -15,7 +15,7 @@ LAYERS = [
     {"engine"},
     {"training", "inference", "export", "hub"},
     {"tasks"},
-    {"cli_values", "irisml"},
+    {"cli_values", "irisml", "tables"},
     {"cli"},
     {"__main__"},
 ]

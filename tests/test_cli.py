@@ -1,6 +1,7 @@
 """The command line, as processes."""
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from launching import run_python, torchrun
 import iris_hf
 from iris_hf.cli import main
 from iris_hf.cli_values import save_output
-from iris_hf.tasks import TASKS, markdown_table
+from iris_hf.engine.plugins.registry import BUILT_IN
+from iris_hf.tables import MAPPINGS, plugins_in_markdown, tasks_in_markdown
+from iris_hf.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,8 +38,24 @@ def test_every_parameter_of_a_task_is_documented_and_an_option(name: str) -> Non
         assert (_flag(field.name) in text) != _is_function(field.annotation)
 
 
-def test_the_documented_table_is_that_of_the_signatures() -> None:
-    assert (ROOT / "docs" / "tasks.md").read_text().endswith(markdown_table())
+@pytest.mark.parametrize(
+    ("page", "table", "names"),
+    [("tasks", tasks_in_markdown, [*TASKS, *MAPPINGS]), ("plugins", plugins_in_markdown, BUILT_IN)],
+)
+def test_the_documented_tables_are_those_of_the_signatures(
+    page: str, table: Callable[[], str], names: Iterable[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (ROOT / "docs" / f"{page}.md").read_text().endswith(table())
+    assert all(f"`{name}" in table() for name in names)
+    assert main([page, "--markdown"]) == 0
+    assert capsys.readouterr().out == table()
+
+
+def test_plugins_are_listed_with_their_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugins"]) == 0
+    listed = capsys.readouterr().out
+    assert "clip_grad_norm(max_norm=1.0)\n" in listed
+    assert "\n    max_norm: Largest L2 norm" in listed
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ def convert(file: Path, precision: str) -> None:
 
     Args:
         file: The ONNX file.
-        precision: `fp16`, or `int8`: weights of matrix products are integers, and their inputs become so while the
-            model runs. Convolutions stay float32, since dynamic integers make them slower.
+        precision: `fp16`, or `int8`: weights of matrix products are integers, and what is computed becomes so while
+            the model runs. Convolutions stay float32, since dynamic integers make them slower.
 
     Raises:
         ConfigError: If there is nothing to convert.

@@ -198,7 +198,7 @@ class LogTracker(Plugin):
 
 
 class LogTensorboard(LogTracker):
-    """Writes TensorBoard's event files; see :class:`LogTracker`. Look at them with `tensorboard --logdir logs`.
+    """Writes files for TensorBoard, as log_tracker does. Look at them with `tensorboard --logdir logs`.
 
     Attributes:
         folder: The run makes a folder in it, named by the time.
