@@ -139,17 +139,10 @@ def export_onnx_model(
     tolerance: float | None = None,
     folder: str | Path | None = None,
 ) -> OnnxExport:
-    """Do what :func:`export_onnx` does, and report the errors that were measured.
-
-    Args:
-        model: This and all else as in :func:`export_onnx`.
+    """Do what :func:`export_onnx` does, with its arguments and its errors, and report what was measured.
 
     Returns:
         The ONNX file, its largest differences from torch, and what the graph takes and gives.
-
-    Raises:
-        ConfigError: As :func:`export_onnx`.
-        MissingDependencyError: Likewise.
     """
     if precision not in get_args(Precision):
         raise unknown_name("precision", precision, get_args(Precision))
