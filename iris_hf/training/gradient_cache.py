@@ -26,9 +26,12 @@ from iris_hf.models.steps import Cacheable, Gradients, feature_names, feature_te
 from iris_hf.training.passes import propagate, scalars, synchronised
 from iris_hf.training.replay import (
     Calls,
+    are_same,
+    attributes,
     can_be_replayed,
     fixed_statistics,
     frozen_parts,
+    has_hooks,
     recorded,
     replayed,
     saved_bytes,
@@ -76,8 +79,9 @@ class CachedPass:
         config: How a batch is divided.
         num_kept_graphs: Sub-batches, from the first, whose graph is kept from the first pass, so that they are not
             computed again; None until a sub-batch has told what the budget allows.
-        frozen: The parts that are computed once, since they and their inputs depend on nothing trainable. A sub-batch
-            tells which, the first of the run and whenever parameters have been frozen or freed.
+        frozen: The parts that are computed once, since they and their inputs depend on nothing trainable, and nothing
+            but their output is used. A sub-batch tells which, the first of the run and whenever parameters have been
+            frozen or freed, and the next that is not the last of its batch tries it out.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class CachedPass:
         self._parameters = list(module.parameters())
         self._trainable: list[bool] | None = None
         self._measured = False
+        self._tried = False
         if self.norms and accelerator.is_main_process:
             logger.warning(
                 "%d BatchNorm layers normalise each sub-batch of %d by its own statistics: gradients are those of "
@@ -126,9 +131,7 @@ class CachedPass:
                 half precision skips the step.
         """
         parts = split(inputs, self.config.sub_batch_size, num_examples=count_targets(targets))
-        self._look_again()
-        if self.sharded:
-            self._agree_on_number(len(parts))
+        self._look_again(len(parts))
         # Under DDP the last sub-batch goes forward and backward with nothing in between: it is never a kept one.
         limit = len(parts) - (self.accelerator.num_processes > 1)
         sizes = [count_examples(part) for part in parts]
@@ -142,6 +145,9 @@ class CachedPass:
                 "Choose another sub_batch_size."
             ) from error
         end = GeneratorState.capture(self.accelerator.device)
+        if self.frozen and not self._tried:
+            self._try_replay(parts, cache)
+            end.restore()
         result, gradients = self._derive(cache, targets, sizes)
         if not result["loss"].isfinite():
             self._refuse(result["loss"], cache)
@@ -184,15 +190,18 @@ class CachedPass:
         per_part = [take_slice(targets, slice(start, start + size)) for start in range(0, len(divided) * size, size)]
         return zip(divided, per_part, strict=True)
 
-    def _look_again(self) -> None:
-        """Forget what a sub-batch has taught where parameters have been frozen or freed since."""
+    def _look_again(self, num_parts: int) -> None:
+        """Forget what a sub-batch has taught where parameters have been frozen or freed, or hooks added, since."""
         trainable = [parameter.requires_grad for parameter in self._parameters]
-        if trainable == self._trainable:
-            return
-        self._trainable = trainable
-        self._measured = False
-        self.frozen = [] if self.compiled else frozen_parts(self.module)
-        self.num_kept_graphs = self.config.num_kept_graphs if self.config.memory_budget_in_mb is None else None
+        if trainable != self._trainable:
+            self._trainable = trainable
+            self._measured = self._tried = False
+            self.frozen = [] if self.compiled else frozen_parts(self.module)
+            self.num_kept_graphs = self.config.num_kept_graphs if self.config.memory_budget_in_mb is None else None
+        hooked = [has_hooks(part) for part in self.frozen]
+        if self.sharded:
+            hooked = self._agree_on_division(num_parts, hooked)
+        self.frozen = [part for part, has_any in zip(self.frozen, hooked, strict=True) if not has_any]
 
     def _first_pass(self, part: Any, *, position: int, limit: int) -> _Cached:
         """Compute the features of a sub-batch, as a rule without a graph."""
@@ -204,11 +213,12 @@ class CachedPass:
             return _Cached(features, feature_tensors(features), state, has_graph=True)
         # A compiled model has one graph for training and another for inference, whose random numbers differ.
         needs_graph = self.compiled or not self._measured
+        before = [] if self._measured else [attributes(module) for module in self.frozen]
         with torch.set_grad_enabled(needs_graph), recorded(self.frozen) as calls, self.plugins.forward_context():
             features = self.module(part) if self._measured else self._measure(part)
         tensors = feature_tensors(features)
         if not self._measured:
-            self._learn(tensors, calls)
+            self._learn(tensors, calls, before)
             if position < min(self.num_kept_graphs or 0, limit):
                 return _Cached(features, tensors, state, has_graph=True)
         tensors = [tensor.detach() for tensor in tensors]
@@ -222,13 +232,18 @@ class CachedPass:
         with saved_bytes(self.module) as self._saved:
             return self.module(part)
 
-    def _learn(self, tensors: list[Tensor], calls: Calls) -> None:
+    def _learn(self, tensors: list[Tensor], calls: Calls, before: Sequence[Sequence[tuple[Tensor, int]]]) -> None:
         """Take from a sub-batch which frozen parts to compute once, and how many graphs to keep."""
         self._measured = True
         room = _ROOM_FOR_FROZEN * sum(tensor.nbytes for tensor in tensors)
-        self.frozen = [module for module, outputs in calls.items() if can_be_replayed(outputs, room=room)]
+        can_be = [
+            can_be_replayed(outputs, room=room) and are_same(attributes(module), held)
+            for (module, outputs), held in zip(calls.items(), before, strict=True)
+        ]
+        if self.sharded:  # the processes gather a part's weights together
+            can_be = self._all_agree(can_be)
+        self.frozen = [module for module, can in zip(calls, can_be, strict=True) if can]
         if self.sharded:
-            self._agree_on_frozen(list(calls))
             return
         if self.compiled:
             if self.num_kept_graphs is None:
@@ -245,22 +260,58 @@ class CachedPass:
             *(self.config.sub_batch_size, mib, self.num_kept_graphs, len(self.frozen)),
         )
 
-    def _agree_on_number(self, num_parts: int) -> None:
-        """Make sure that sharded processes, which compute every layer together, have as many sub-batches."""
-        extremes = torch.tensor([num_parts, -num_parts], device=self.accelerator.device)
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
-        most, fewest = int(extremes[0]), -int(extremes[1])
-        if most != fewest:
+    def _try_replay(self, parts: Sequence[Any], cache: Sequence[_Cached]) -> None:
+        """Let no frozen part be replayed where that gives other features than computing it again.
+
+        What a part does beside its output, unseen, stays as the last sub-batch left it: any other shows it.
+        """
+        position = next((k for k, cached in enumerate(cache[:-1]) if not cached.has_graph), None)
+        if position is None:
+            return
+        self._tried = True
+        part, cached = parts[position], cache[position]
+        replay = self._compute_again(part, cached, cached.calls)
+        if self._all_same(replay, cached.tensors) or self._all_same(replay, self._compute_again(part, cached, {})):
+            return
+        self.frozen = []
+        for each in cache:
+            each.calls = {}
+        if self.accelerator.is_main_process:
+            logger.warning("Frozen parts are computed twice: what they return is not all that the model takes of them.")
+
+    def _compute_again(self, part: Any, cached: _Cached, calls: Calls) -> list[Tensor]:
+        assert cached.state is not None
+        cached.state.restore()
+        with torch.no_grad(), replayed(calls), fixed_statistics(self.norms), self.plugins.forward_context():
+            return feature_tensors(self.module(to_device(part, self.accelerator.device)))
+
+    def _all_same(self, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+        """Whether tensors are the same to the bit, if sharded on every process."""
+        pairs = zip(tensors, others, strict=True)
+        same = all(torch.equal(tensor.nan_to_num(), other.nan_to_num()) for tensor, other in pairs)
+        return self._all_agree([same])[0] if self.sharded else same
+
+    def _all_agree(self, flags: Sequence[bool]) -> list[bool]:
+        """Return which flags are true on every process."""
+        everywhere = torch.tensor([int(flag) for flag in flags], device=self.accelerator.device)
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+        return [bool(flag) for flag in everywhere.tolist()]
+
+    def _agree_on_division(self, num_parts: int, hooked: Sequence[bool]) -> list[bool]:
+        """Return which frozen parts have hooks on any of the sharded processes, which compute every layer together.
+
+        Raises:
+            DataError: If the processes have different numbers of sub-batches.
+        """
+        numbers = torch.tensor([num_parts, -num_parts, *map(int, hooked)], device=self.accelerator.device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        most, fewest, *flags = numbers.tolist()
+        if most != -fewest:
             raise DataError(
                 f"Under FSDP2 every process needs as many sub-batches of {self.config.sub_batch_size}; they have from "
-                f"{fewest} to {most}. Keep batches equally long in collate_function and plugins, or use ddp.yaml."
+                f"{-fewest} to {most}. Keep batches equally long in collate_function and plugins, or use ddp.yaml."
             )
-
-    def _agree_on_frozen(self, candidates: list[nn.Module]) -> None:
-        """Compute a frozen part once only if every sharded process can: they gather its weights together."""
-        flags = torch.tensor([int(part in self.frozen) for part in candidates], device=self.accelerator.device)
-        dist.all_reduce(flags, dist.ReduceOp.MIN)
-        self.frozen = [part for part, flag in zip(candidates, flags.tolist(), strict=True) if flag]
+        return [bool(flag) for flag in flags]
 
     def _derive(self, cache: list[_Cached], targets: Any, sizes: list[int]) -> tuple[dict[str, Any], _SplitGradients]:
         """Compute the loss of all features, and its derivatives by them and by the parameters that it uses itself."""

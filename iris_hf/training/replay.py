@@ -75,6 +75,46 @@ def can_be_replayed(outputs: Sequence[Call], *, room: int) -> bool:
     return bool(outputs) and num_bytes <= room
 
 
+def has_hooks(part: nn.Module) -> bool:
+    """Whether something hangs on a forward of a part or of a module in it: it may keep what it sees, or change it.
+
+    The hooks by which FSDP2 gathers weights, and by which a feature extractor stops, do neither.
+    """
+    registers = [(torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)]
+    registers += [(module._forward_hooks, module._forward_pre_hooks) for module in part.modules()]
+    return any(
+        not getattr(hook, "__module__", "").startswith(("torch.distributed.", "iris_hf."))
+        for hooks, pre_hooks in registers
+        if hooks or pre_hooks
+        for hook in (*hooks.values(), *pre_hooks.values())
+    )
+
+
+def attributes(part: nn.Module) -> list[tuple[Tensor, int]]:
+    """List the tensors in attributes of a part and of the modules in it, with their versions; not its state."""
+    state = ("_parameters", "_buffers")
+    return [
+        (tensor, -1 if tensor.is_inference() else tensor._version)
+        for module in part.modules()
+        for name, value in vars(module).items()
+        if name not in state
+        for tensor in _held_by(value)
+    ]
+
+
+def are_same(attributes: Sequence[tuple[Tensor, int]], before: Sequence[tuple[Tensor, int]]) -> bool:
+    """Whether attributes hold the very tensors that they held before, unchanged."""
+    return [(id(tensor), version) for tensor, version in attributes] == [(id(t), version) for t, version in before]
+
+
+def _held_by(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _held_by(item)
+
+
 def _tensors_of(output: Any) -> list[Tensor] | None:
     """List the tensors in nested lists, tuples and dicts; None where something else may hold some."""
     if isinstance(output, Tensor):

@@ -3,6 +3,7 @@
 import copy
 import logging
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,11 +172,17 @@ def test_batch_norm_counts_every_example_once_and_warns(caplog: pytest.LogCaptur
 
 
 def test_a_frozen_tower_is_computed_once_with_the_same_gradients() -> None:
+    calls: list[int] = []
+
+    class Counted(nn.Identity):
+        def forward(self, images: Tensor) -> Tensor:
+            calls.append(1)
+            return images
+
     inputs, targets = Pairs().batch()
     model = TwoTowers(dropout=0.4)
+    model.image_model.insert(0, Counted())
     model.image_model.requires_grad_(False)
-    calls: list[int] = []
-    model.image_model[0].register_forward_hook(lambda *_: calls.append(1))
     wanted = one_pass_gradients(model, inputs, targets, 4, seed=2)
     calls.clear()
     cache = make_pass(model, 4)
@@ -264,10 +271,78 @@ def frozen_model(kind: str) -> nn.Module:
         model = Outside()
         model.inner = nn.Linear(4, 4).requires_grad_(False)
         model.text_model = nn.Sequential(nn.Sequential(model.inner, nn.Tanh()), nn.Linear(4, 8))
+    elif kind == "hook that changes the output":
+        model.image_model.requires_grad_(False).register_forward_hook(lambda _, inputs, output: output * 0.5)
+    elif kind in KEEPING:
+        model = TakesKept(*KEEPING[kind])
     return model.double()
 
 
-@pytest.mark.parametrize("kind", ["changed in place", "shared", "called inside and outside another"])
+def hooked(*sizes: int) -> nn.Linear:
+    def keep(layer: nn.Module, _: Any, output: Tensor) -> None:
+        layer.hidden = output
+
+    layer = nn.Linear(*sizes)
+    layer.register_forward_hook(keep)
+    return layer
+
+
+class Keeps(nn.Linear):
+    """Keeps what it returns, in an attribute."""
+
+    hidden: Tensor
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = super().forward(features)
+        self.keep(hidden)
+        return hidden
+
+    def keep(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class KeepsInside(Keeps):
+    """Keeps it deep in an attribute that stays the same."""
+
+    def keep(self, hidden: Tensor) -> None:
+        self.__dict__.setdefault("kept", {"by name": [hidden]})["by name"][0] = hidden
+
+
+class KeepsElsewhere(Keeps):
+    """Keeps it where nobody looks."""
+
+    elsewhere: dict[str, Tensor] = {}  # noqa: RUF012
+
+    def keep(self, hidden: Tensor) -> None:
+        self.elsewhere["hidden"] = hidden
+
+
+KEEPING: dict[str, tuple[Callable[..., nn.Linear], Callable[[Any], Tensor]]] = {
+    "hook that keeps the output": (hooked, lambda layer: layer.hidden),
+    "output kept in an attribute": (Keeps, lambda layer: layer.hidden),
+    "output kept inside an attribute": (KeepsInside, lambda layer: layer.kept["by name"][0]),
+    "output kept elsewhere": (KeepsElsewhere, lambda layer: layer.elsewhere["hidden"]),
+}
+
+
+class TakesKept(TwoTowers):
+    """Takes the intermediate features of a frozen tower from where they are kept."""
+
+    def __init__(self, make: Callable[..., nn.Linear], take: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.take = take
+        self.image_model = nn.Sequential(make(6, 8), nn.Tanh(), nn.Linear(8, 8)).requires_grad_(False)
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        images = self.image_model(inputs[0]) + self.take(self.image_model[0])
+        u, v = self.image_projection(images), self.text_projection(self.text_model(inputs[1]))
+        return nn.functional.normalize(u, dim=-1), nn.functional.normalize(v, dim=-1), self.logit_scale.exp()
+
+
+KINDS = ["changed in place", "shared", "called inside and outside another", "hook that changes the output"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *KEEPING])
 def test_frozen_parts_of_every_kind_leave_gradients_exact(kind: str) -> None:
     model, (inputs, targets) = frozen_model(kind), Pairs().batch()
     wanted = full_batch_gradients(model, inputs, targets)
