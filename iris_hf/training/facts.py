@@ -26,6 +26,10 @@ class RunFacts:
         num_examples: Examples in the train set; None for a stream of unknown length.
         examples_per_step: Examples of all processes in a full step.
         examples_per_epoch: Examples of all processes in an epoch, whose last step may have fewer.
+        examples_per_micro_batch: Examples of all processes in a micro-batch. May change on the way, unless the loss of
+            a micro-batch is no mean over its examples.
+        loss_is_joint: Whether a micro-batch has one loss of all its examples, of all processes: a contrastive one, or
+            any with a gradient cache.
         num_epochs: Epochs asked for, which the learning-rate curve depends on.
         steps_per_epoch: Optimizer steps in an epoch.
         optimizer: Its name.
@@ -44,6 +48,8 @@ class RunFacts:
     num_examples: int | None
     examples_per_step: int
     examples_per_epoch: int
+    examples_per_micro_batch: int = field(compare=False)
+    loss_is_joint: bool = field(compare=False)
     num_epochs: int
     steps_per_epoch: int
     optimizer: str
@@ -60,19 +66,24 @@ class RunFacts:
     def differences(self, before: RunFacts) -> list[str]:
         """Say what makes this another run than one before; nothing if it is the same."""
         names = [each.name for each in fields(self) if each.compare]
+        if self.loss_is_joint or before.loss_is_joint:
+            names.append("examples_per_micro_batch")
         pairs = {name: (getattr(before, name), getattr(self, name)) for name in names}
         return [f"{name} was {was!r}, now {now!r}" for name, (was, now) in pairs.items() if was != now]
 
     def changes(self, before: RunFacts) -> list[str]:
-        """Say which settings are not what they were."""
+        """Say what may change and is not what it was: settings, and how many examples a micro-batch has."""
+        was, now = (
+            {"examples_per_micro_batch": facts.examples_per_micro_batch, **facts.settings} for facts in (before, self)
+        )
 
         def describe(settings: Settings, name: str) -> str:
             return repr(settings[name]) if name in settings else "absent"
 
         return [
-            f"{name} was {describe(before.settings, name)}, now {describe(self.settings, name)}"
-            for name in {**before.settings, **self.settings}
-            if describe(before.settings, name) != describe(self.settings, name)
+            f"{name} was {describe(was, name)}, now {describe(now, name)}"
+            for name in {**was, **now}
+            if describe(was, name) != describe(now, name)
         ]
 
 

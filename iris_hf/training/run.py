@@ -213,6 +213,8 @@ class TrainingRun:
 
     def facts(self) -> RunFacts:
         """Return what makes this run the same as another."""
+        division = {name: value for name, value in self.state.config.items() if name == "sub_batch_size"}
+        criterion = getattr(self.module.model, "criterion", None)
         return RunFacts(
             random_seed=self.seed,
             num_examples=self.batches.num_examples,
@@ -221,6 +223,8 @@ class TrainingRun:
             stream_shuffled_by=self.batches.shuffled_by,
             examples_per_step=self.state.examples_per_step,
             examples_per_epoch=len(self.batches) * self.config.batch_size * self.accelerator.num_processes,
+            examples_per_micro_batch=self.config.batch_size * self.accelerator.num_processes,
+            loss_is_joint=bool(division) or getattr(criterion, "gathers", False),
             num_epochs=self.state.num_epochs,
             steps_per_epoch=self.state.steps_per_epoch,
             optimizer=self.config.optimizer,
@@ -234,6 +238,7 @@ class TrainingRun:
                 "lr_scale_param_names": plain(self.config.lr_scale_param_names),
                 "no_weight_decay_param_names": plain(self.config.no_weight_decay_param_names),
                 "no_weight_decay_module_class_names": plain(self.config.no_weight_decay_module_class_names),
+                **division,
                 **plugin_settings(self.named_plugins()),
             },
         )
