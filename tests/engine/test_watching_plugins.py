@@ -152,7 +152,8 @@ def test_save_best_keeps_the_validated_weights_of_the_best_epoch(tmp_path: Path,
     assert all(torch.equal(weight, says.weights[1][name]) for name, weight in saved.items())
     assert not torch.equal(says.weights[0]["network.1.weight"], says.weights[1]["network.1.weight"])
     info = json.loads((folder / "best.json").read_text())
-    assert info == {"metric": "score", "value": 1.0, "epoch": 2, "step": 16}
+    files = sorted(path.name for path in folder.iterdir() if path.name != "best.json")
+    assert info == {"metric": "score", "value": 1.0, "epoch": 2, "step": 16, "files": files}
     assert [path.name for path in folder.parent.iterdir()] == ["best"]
 
 

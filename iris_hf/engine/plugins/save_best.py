@@ -24,8 +24,8 @@ class SaveBest(Plugin):
     """Saves the model whenever a validation is the best so far.
 
     The folder holds what :func:`iris_hf.save_pretrained` writes, or `model.safetensors` alone where nothing tells how
-    the model was made, and `best.json` with the metric, its value, epoch (from 1) and step. It is replaced as a
-    whole. With the plugin ema, the saved weights are the averaged ones, which were validated.
+    the model was made, and `best.json` with the metric, its value, epoch (from 1), step, and the names of these files.
+    It is replaced as a whole. With the plugin ema, the saved weights are the averaged ones, which were validated.
 
     Attributes:
         folder: Absent, empty, or written by this plugin before. Nothing else may write to it.
@@ -51,9 +51,12 @@ class SaveBest(Plugin):
                 f"save_best replaces its folder, and {str(self.folder)!r} would hold the checkpoints of "
                 f"checkpoint_dir={str(checkpoints)!r}. Give it another one, such as {str(Path(checkpoints, 'best'))!r}."
             )
-        self._own = _names_in(self.folder)
-        if self._own and _INFO not in self._own:
-            raise ConfigError(f"save_best replaces its folder, and {str(self.folder)!r} holds other things.")
+        self._own = _written_to(self.folder)
+        if others := _names_in(self.folder) - self._own:
+            raise ConfigError(
+                f"save_best replaces its folder, and {str(self.folder)!r} holds other things: "
+                f"{', '.join(sorted(others))}. Give it a folder of its own."
+            )
         self.folder.parent.mkdir(parents=True, exist_ok=True)
 
     def on_validation_end(self, state: TrainState) -> None:
@@ -79,6 +82,7 @@ class SaveBest(Plugin):
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
         _save(model, new)
+        info = {**info, "files": sorted(_names_in(new))}
         (new / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
         if others := _names_in(self.folder) - self._own:
             raise ConfigError(
@@ -94,6 +98,14 @@ class SaveBest(Plugin):
 
 def _names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+def _written_to(folder: Path) -> set[str]:
+    """What this plugin has written to a folder, as the folder itself says; nothing where it does not."""
+    try:
+        return {_INFO, *json.loads((folder / _INFO).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
 
 
 def _save(model: nn.Module, folder: Path) -> None:
