@@ -6,7 +6,8 @@ or scheduler: weights, optimizer, scaler, plugins, buffers and the step number a
 
 `step-00000042/` holds `model.safetensors` and `optimizer.safetensors` from the main process, `rank-0000.safetensors`
 (buffers, plugins) from every process, and `checkpoint.json` with the size and the checksum of each. It is written
-under another name and renamed when all is on disk.
+under another name and renamed when all is on disk; one of the same step is out of the way under a name by which it is
+found until then.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FORMAT, _INFO, _NAME = 1, "checkpoint.json", "step-{step:08d}"
-_PARTIAL, _ASIDE = ".partial-", "aside-"
+_PARTIAL, _REPLACED, _ASIDE = ".partial-", ".replaced-", "aside-"
+_OWN = re.compile(rf"({re.escape(_REPLACED)})?step-\d{{8,}}")
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,11 @@ class Checkpoint:
         """
         if different := facts.differences(self.facts):
             shuffle = ". Give shuffle the seed and the buffer_size that it had" if facts.stream_shuffled_by else ""
+            otherwise = "" if facts.loss_is_joint else ", or at least in a step and in an epoch"
             raise another_run(
                 self.folder,
                 f"{'; '.join(different)}. On another number of processes, change batch_size so that all together have "
-                "as many examples as before in a micro-batch, or at least in a step and in an epoch" + shuffle,
+                "as many examples as before in a micro-batch" + otherwise + shuffle,
             )
 
 
@@ -178,9 +182,9 @@ class CheckpointWriter:
     ) -> None:
         self.directory = Path(directory)
         found = _list(self.directory)
-        later = [folder for folder in found if folder.name > _NAME.format(step=step)]
+        later = [folder for folder in found if _step_of(folder) > step]
         known = [described for folder in found if folder not in later and (described := _describe(folder))]
-        if (found and not resumed) or any(others != facts for others, _ in known):
+        if (found and not resumed) or any(facts.differences(others) for others, _ in known):
             raise ConfigError(
                 f"checkpoint_dir={str(directory)!r} holds the checkpoints of another run. resume='auto' goes on from "
                 "them; to start afresh, choose another folder or empty this one."
@@ -190,17 +194,31 @@ class CheckpointWriter:
         self.facts = facts
         self.accelerator = accelerator
         self.last_step: int | None = None
-        self._on_main(lambda: self._prepare(later, step), f"checkpoint_dir={str(directory)!r} cannot be used")
+        is_over = any(
+            progress.step == step and (progress.stop_reason is not None or progress.epoch == facts.num_epochs)
+            for _, progress in known
+        )
+        self._on_main(
+            lambda: self._prepare(later, step, writes=not is_over), f"checkpoint_dir={str(directory)!r} cannot be used"
+        )
 
-    def _prepare(self, later: Sequence[Path], step: int) -> None:
+    def _prepare(self, later: Sequence[Path], step: int, *, writes: bool) -> None:
+        if not (writes or later):  # a run that is over may lie where nobody can write
+            return
         self.directory.mkdir(parents=True, exist_ok=True)
+        for replaced in self.directory.glob(f"{_REPLACED}*"):
+            final = replaced.with_name(replaced.name.removeprefix(_REPLACED))
+            if final.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+            elif replaced not in later:
+                replaced.rename(final)
         for leftover in self.directory.glob(f"{_PARTIAL}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         probe = self.directory / f"{_PARTIAL}probe"
         probe.mkdir()  # a folder that cannot be written to is no matter for the first checkpoint, hours later
         probe.rmdir()
         for folder in later:  # damaged, or of a future that this run does not have
-            aside = folder.with_name(f"{_ASIDE}{folder.name}")
+            aside = self.directory / f"{_ASIDE}{_NAME.format(step=_step_of(folder))}"
             logger.warning("Going on from step %d: %s is put aside as %s.", step, folder, aside.name)
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
@@ -288,9 +306,13 @@ class CheckpointWriter:
         _flush(partial / _INFO)
         _flush(partial)
         final = self.directory / _NAME.format(step=progress.step)
-        shutil.rmtree(final, ignore_errors=True)  # of this step, from before a resume
+        replaced = final.with_name(f"{_REPLACED}{final.name}")
+        if final.exists():  # from before a resume
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         partial.rename(final)
         _flush(self.directory)
+        shutil.rmtree(replaced, ignore_errors=True)
         self._remove_old()
 
     def _remove_old(self) -> None:
@@ -312,8 +334,14 @@ class CheckpointWriter:
 
 
 def _list(directory: Path) -> list[Path]:
-    """The folders of checkpoints, oldest first."""
-    return sorted(folder for folder in directory.glob("step-*") if folder.is_dir())
+    """The folders of checkpoints, oldest first; one that was to be replaced counts where the new one is not there."""
+    folders = [*directory.glob(f"{_REPLACED}step-*"), *directory.glob("step-*")]
+    by_step = {_step_of(folder): folder for folder in folders if _OWN.fullmatch(folder.name) and folder.is_dir()}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 def _describe(folder: Path) -> tuple[RunFacts, Progress] | None:

@@ -1,14 +1,18 @@
 """What checkpoints keep and hold, what a run refuses to go on from, and what it says where it does."""
 
 import os
+import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pairs import Pairs, TwoTowers
 from tiny import Dies, Net, Tensors, train_tiny
 
 import iris_hf
@@ -137,6 +141,101 @@ def test_an_epoch_has_the_examples_that_it_had(tmp_path: Path) -> None:
         train_tiny(**settings, batch_size=4, accumulate_grad_batches=4, resume="auto")
 
 
+def test_a_death_while_the_checkpoint_of_a_step_is_replaced_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"val_dataset": Tensors(16, seed=1), "checkpoint_dir": tmp_path, "num_epochs": 2, "keep_checkpoints": 1}
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Preempted):  # leaves the checkpoint of a step that is not validated yet
+            train_tiny(**settings, plugins=[Terminates("on_epoch_end")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    rename = Path.rename
+
+    def dies(path: Path, target: Path) -> Path:
+        if path.name == ".partial-step-00000016":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(**settings, resume="auto")
+    monkeypatch.undo()
+    _, recorder = train_tiny(**settings, resume="auto")
+    assert (recorder.steps, list(recorder.val_losses)) == ([], [1])
+    assert steps_of(tmp_path)[-1] == 16
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_folders_of_others_beside_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    settings = {"checkpoint_dir": tmp_path, "keep_checkpoints": 1}
+    others = ("step-00000008-mine", "step-good", "step-7")
+
+    class Copies(iris_hf.Plugin):
+        def on_epoch_start(self, state: iris_hf.TrainState) -> None:
+            if state.epoch == 1:
+                for name in others:
+                    shutil.copytree(tmp_path / "step-00000008", tmp_path / name)
+
+    train_tiny(**settings, plugins=[Copies()])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "step-00000024"])
+    _, recorder = train_tiny(**settings, resume="auto")
+    assert recorder.steps == []
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Make a folder one that this process cannot write to, as root neither."""
+    is_root = os.geteuid() == 0
+    mode = folder.stat().st_mode
+    os.chmod(folder, 0o555)
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        os.chmod(folder, mode)
+
+
+def test_a_finished_run_is_resumed_from_where_nobody_can_write() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        weights, _ = train_tiny(checkpoint_dir=folder, num_epochs=1)
+        for path in (Path(folder), *Path(folder).rglob("*")):
+            os.chmod(path, 0o755)
+        with read_only(Path(folder)):
+            again, _ = train_tiny(checkpoint_dir=folder, num_epochs=1, resume="auto")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+@pytest.mark.parametrize("division", [{}, {"sub_batch_size": 3}])
+def test_a_loss_of_a_whole_micro_batch_keeps_its_examples(division: dict[str, int], tmp_path: Path) -> None:
+    task = iris_hf.train_with_gradient_cache if division else iris_hf.train
+    settings = {"num_epochs": 1, "random_seed": 0, "num_dataloader_workers": 0, **division}
+    task(TwoTowers(), Pairs(16), None, **settings, batch_size=8, checkpoint_dir=tmp_path)
+    settings |= {"batch_size": 4, "accumulate_grad_batches": 2, "resume": "auto", "checkpoint_dir": tmp_path}
+    with pytest.raises(iris_hf.ConfigError, match=r"examples_per_micro_batch was 8, now 4\. .* in a micro-batch\. To"):
+        task(TwoTowers(), Pairs(16), None, **settings)
+
+
+def test_a_mean_over_examples_may_be_divided_otherwise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"num_epochs": 2, "checkpoint_dir": tmp_path}
+    train_tiny(**settings)
+    shutil.rmtree(tmp_path / "step-00000016")
+    train_tiny(**settings, batch_size=4, accumulate_grad_batches=2, resume="auto")
+    assert "examples_per_micro_batch was 8, now 4" in caplog.text
+
+
+def test_other_sub_batches_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"num_epochs": 1, "batch_size": 8, "random_seed": 0, "num_dataloader_workers": 0}
+    for size, resume in ((3, None), (4, "auto")):
+        settings |= {"sub_batch_size": size, "resume": resume, "checkpoint_dir": tmp_path}
+        iris_hf.train_with_gradient_cache(TwoTowers(), Pairs(16), None, **settings)
+    assert "other settings than before: sub_batch_size was 3, now 4." in caplog.text
+
+
 @pytest.mark.parametrize("interval", [{"checkpoint_steps": 3}, {"checkpoint_epochs": 3}])
 def test_the_best_is_kept_also_between_the_intervals(interval: dict[str, int], tmp_path: Path) -> None:
     settings = {**interval, "base_lr": 3.0, "num_epochs": 8, "val_dataset": Tensors(16, seed=1)}
@@ -239,17 +338,12 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_first_step() -> None:
-    is_root = os.geteuid() == 0
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o555)
-        if is_root:  # who may write everywhere
-            os.seteuid(65534)
-        try:
-            with pytest.raises(iris_hf.DataError, match=r"checkpoint_dir=.* cannot be used: .*Permission denied"):
-                train_tiny(checkpoint_dir=folder, plugins=[Dies(1)])
-        finally:
-            if is_root:
-                os.seteuid(0)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        read_only(Path(folder)),
+        pytest.raises(iris_hf.DataError, match=r"checkpoint_dir=.* cannot be used: .*Permission denied"),
+    ):
+        train_tiny(checkpoint_dir=folder, plugins=[Dies(1)])
 
 
 def test_save_best_deletes_no_checkpoints(tmp_path: Path) -> None:
@@ -261,6 +355,18 @@ def test_save_best_deletes_no_checkpoints(tmp_path: Path) -> None:
     train_tiny(checkpoint_dir=tmp_path / "c", plugins=[inside], val_dataset=Tensors(8))
     assert (tmp_path / "c" / "best" / "best.json").is_file()
     assert steps_of(tmp_path / "c")
+
+
+def test_save_best_deletes_nothing_that_others_have_added_since_its_last_run(tmp_path: Path) -> None:
+    settings = {"plugins": [f"save_best({str(tmp_path)!r})"], "val_dataset": Tensors(8), "num_epochs": 1}
+    train_tiny(**settings)
+    train_tiny(**settings)  # replaces what it has written itself
+    (tmp_path / "evaluation.json").touch()
+    with pytest.raises(
+        iris_hf.ConfigError, match=r"holds other things: evaluation\.json\. Give it a folder of its own"
+    ):
+        train_tiny(**settings)
+    assert (tmp_path / "evaluation.json").is_file()
 
 
 def test_save_best_deletes_nothing_that_others_have_put_beside_it(tmp_path: Path) -> None:
