@@ -1,13 +1,14 @@
 """Local worker processes for `num_processes > 1` outside a launcher.
 
 The workers are torchrun's: its elastic agent starts them, watches them, and ends all of them when one
-fails. What they run travels by cloudpickle, in a folder that only this user can read, so that functions and
-classes of a script or notebook work too.
+fails. What they run travels by cloudpickle (:mod:`iris_hf.engine.parcels`), in a folder that only this user can
+read, so that functions and classes of a script or notebook work too.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -16,9 +17,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iris_hf.engine.accelerator import Device, available_cores
+
+if TYPE_CHECKING:
+    from iris_hf.engine.parcels import Known
 
 _CALL, _RESULT, _ERROR = "call.pickle", "result.pickle", "error-{rank}.pickle"
 _PR_SET_PDEATHSIG = 1
@@ -53,29 +57,18 @@ def run_in_workers(
         raise
 
 
-def can_travel(value: Any) -> bool:
-    """Whether a value can be sent between processes."""
-    import cloudpickle
-
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            cloudpickle.dump(value, nowhere)
-    except Exception:
-        return False
-    return True
-
-
 def _run(folder: Path, call: tuple[Any, ...], num_processes: int, device: Device | None) -> Any:
-    import cloudpickle
     import torch
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from iris_hf.engine.parcels import receive_back, send_call
+
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     with open(folder / _CALL, "wb") as file:
-        cloudpickle.dump({"sys_path": sys.path, "on_cpu": on_cpu}, file)
-        cloudpickle.dump(call, file)
+        pickle.dump({"sys_path": sys.path, "on_cpu": on_cpu}, file)
+        known = send_call(call, file)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -93,9 +86,9 @@ def _run(folder: Path, call: tuple[Any, ...], num_processes: int, device: Device
     except ChildFailedError as failure:
         rank, first = failure.get_first_failure()
         silent = f"Worker {rank} of the local run died with exit code {first.exitcode}, without an error."
-        raise _first_error(folder) or RuntimeError(silent) from None
+        raise _first_error(folder, known) or RuntimeError(silent) from None
     except SignalException:
-        error = _first_error(folder)
+        error = _first_error(folder, known)
         if isinstance(error, SystemExit):  # the workers had time to leave in order
             raise error from None
         raise
@@ -103,9 +96,11 @@ def _run(folder: Path, call: tuple[Any, ...], num_processes: int, device: Device
         if threads is None:
             del os.environ["OMP_NUM_THREADS"]
     if not (folder / _RESULT).exists():
-        raise _first_error(folder) or RuntimeError("The first worker of the local run ended before it gave a result.")
+        raise _first_error(folder, known) or RuntimeError(
+            "The first worker of the local run ended before it gave a result."
+        )
     with open(folder / _RESULT, "rb") as file:
-        return cloudpickle.load(file)
+        return receive_back(file, known)
 
 
 @contextmanager
@@ -123,42 +118,44 @@ def _keeping_signal_handlers() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def _first_error(folder: Path) -> BaseException | None:
-    import cloudpickle
+def _first_error(folder: Path, known: Known) -> BaseException | None:
+    from iris_hf.engine.parcels import receive_back
 
     errors = sorted(folder.glob(_ERROR.format(rank="*")), key=lambda path: path.stat().st_mtime_ns)
     if not errors:
         return None
     with open(errors[0], "rb") as file:
-        error: BaseException = cloudpickle.load(file)
+        error: BaseException = receive_back(file, known)
     return error
 
 
 def _work(folder: Path) -> None:
     """Run one worker: read the call, make it, write the first worker's result or one's own error."""
-    import cloudpickle
     import torch
 
+    from iris_hf.engine.parcels import receive_call, send_back
+
     rank = os.environ["RANK"]
+    known: Known = {}
     _end_with_parent()
     try:
         with open(folder / _CALL, "rb") as file:
-            setting = cloudpickle.load(file)
+            setting = pickle.load(file)
             sys.path[:] = setting["sys_path"]
             if setting["on_cpu"]:
                 os.environ["ACCELERATE_USE_CPU"] = "true"
-            function, args, kwargs = cloudpickle.load(file)
+            (function, args, kwargs), known = receive_call(file)
         result = function(*args, **kwargs)
         if rank == "0":
             with open(folder / _RESULT, "wb") as file:
-                cloudpickle.dump(result, file)
+                send_back(result, file, known)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except (Exception, SystemExit) as error:
         error.add_note(f"In worker {rank} of the local run:\n{traceback.format_exc()}")
         partial = folder / f"{rank}.partial"
         with open(partial, "wb") as file:
-            cloudpickle.dump(error, file)
+            send_back(error, file, known)
         partial.rename(folder / _ERROR.format(rank=rank))
         sys.exit(error.code if isinstance(error, SystemExit) else 1)
 

@@ -8,7 +8,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from iris_hf.engine.accelerator import Device, agree_on_seed, draw_seed, needs_local_workers, open_accelerator
-from iris_hf.engine.launch import can_travel, run_in_workers
+from iris_hf.engine.launch import run_in_workers
 from iris_hf.engine.loader import Examples, Source, TargetCheck, closing_workers, make_loader
 from iris_hf.engine.plans import batches_once, training_batches
 from iris_hf.engine.plugins import Plugin, PluginList, load_plugins
@@ -239,11 +238,11 @@ def _train(arguments: Mapping[str, Any], cache: CacheConfig | None) -> TrainResu
     config = TrainConfig.of(arguments)
     inputs = {name: arguments[name] for name in _INPUTS}
     if needs_local_workers(config.num_processes):
-        if config.random_seed is None and config.resume is None:
-            config = replace(config, random_seed=draw_seed())
-        trained, attributes = run_in_workers(
-            _fit_for_caller, inputs, config, cache, num_processes=config.num_processes, device=config.device
+        drawn = draw_seed() if config.random_seed is None else None
+        trained, left_behind, attributes = run_in_workers(
+            _fit_for_caller, inputs, config, cache, drawn, num_processes=config.num_processes, device=config.device
         )
+        _put_back(left_behind, trained, inputs["model"])
         for plugin, values in zip(_own_plugins(config), attributes, strict=True):
             vars(plugin).update(values)
     else:
@@ -255,19 +254,50 @@ _INPUTS = ("model", "train_dataset", "train_transform", "val_dataset", "val_tran
 
 
 def _fit_for_caller(
-    inputs: Mapping[str, Any], config: TrainConfig, cache: CacheConfig | None
-) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """Train in a worker; return the model, and the attributes of the caller's plugin objects that can travel."""
-    trained = fit(config, cache, **inputs)
-    return trained, [_portable(plugin) for plugin in _own_plugins(config)] if os.environ["RANK"] == "0" else []
+    inputs: Mapping[str, Any], config: TrainConfig, cache: CacheConfig | None, drawn: int | None
+) -> tuple[nn.Module, dict[str, list[str]], list[dict[str, Any]]] | None:
+    """Train in a worker.
+
+    Returns:
+        On the first one: the model without what cannot travel; the names of that, by those of the modules; and the
+        attributes of the caller's plugin objects that can.
+    """
+    trained = fit(config, cache, drawn_seed=drawn, **inputs)
+    if os.environ["RANK"] != "0":
+        return None
+    left_behind = {path: names for path, part in trained.named_modules() if (names := _unportable(part))}
+    parts = dict(trained.named_modules())
+    for path, names in left_behind.items():
+        for name in names:
+            del parts[path].__dict__[name]
+    attributes = []
+    for plugin in _own_plugins(config):
+        unportable = _unportable(plugin)
+        attributes.append({name: value for name, value in vars(plugin).items() if name not in unportable})
+    return trained, left_behind, attributes
 
 
-def _portable(plugin: Plugin) -> dict[str, Any]:
-    portable = {name: value for name, value in vars(plugin).items() if can_travel(value)}
-    if kept := vars(plugin).keys() - portable.keys():
-        names = ", ".join(sorted(kept))
-        logger.warning("%s: %s cannot be pickled after the run: as before it.", type(plugin).__name__, names)
-    return portable
+def _unportable(owner: Any) -> list[str]:
+    """Name, in a warning too, the attributes that cannot be sent to the caller; those of a module without its parts."""
+    from iris_hf.engine.parcels import can_travel
+
+    parts = ("_modules", "_parameters", "_buffers") if isinstance(owner, nn.Module) else ()
+    names = [name for name, value in vars(owner).items() if name not in parts and not can_travel(value)]
+    if names:
+        logger.warning(
+            "%s: %s cannot be pickled after the run: as before it.", type(owner).__name__, ", ".join(sorted(names))
+        )
+    return names
+
+
+def _put_back(left_behind: Mapping[str, list[str]], trained: nn.Module, model: nn.Module) -> None:
+    """Give a trained model, in the place of what could not travel, what the caller's model has there, if it has it."""
+    parts, own = dict(trained.named_modules()), dict(model.named_modules())
+    for path, names in left_behind.items():
+        values = vars(own.get(path, nn.Module()))
+        memo = {id(part): parts[name] for name, part in own.items() if name in parts}
+        kept = {name: copy.deepcopy(values[name], memo) for name in names if name in values}
+        parts[path].__dict__.update(kept)
 
 
 def _own_plugins(config: TrainConfig) -> list[Plugin]:
@@ -278,6 +308,7 @@ def fit(
     config: TrainConfig,
     cache: CacheConfig | None,
     *,
+    drawn_seed: int | None = None,
     model: nn.Module,
     train_dataset: Dataset[Any],
     train_transform: Transform | None,
@@ -285,7 +316,10 @@ def fit(
     val_transform: Transform | None,
     collate_function: CollateFunction | None,
 ) -> nn.Module:
-    """Train in this process, as one rank of its launcher's world; see :func:`train`. Plainly where `cache` is None."""
+    """Train in this process, as one rank of its launcher's world; see :func:`train`. Plainly where `cache` is None.
+
+    `drawn_seed` is the seed where neither the configuration nor a checkpoint has one; None draws it here.
+    """
     plugins = load_plugins(config.plugins, before=getattr(model, "plugins", ()))
     wrap: Callable[[nn.Module], Stepper] = as_trainable if cache is None else as_cacheable
     make_pass: Callable[..., Pass] = PlainPass if cache is None else functools.partial(CachedPass, config=cache)
@@ -296,8 +330,8 @@ def fit(
     with open_accelerator(config.device, **_accelerator_options(config, plugins)) as accelerator:
         check_sharding(accelerator, optimizer=config.optimizer)
         checkpoint = find_checkpoint(config.resume, config.checkpoint_dir)
-        drawn = None if checkpoint is None else checkpoint.facts.random_seed
-        seed = agree_on_seed(config.random_seed if config.random_seed is not None else drawn)
+        known_seed = drawn_seed if checkpoint is None else checkpoint.facts.random_seed
+        seed = agree_on_seed(config.random_seed if config.random_seed is not None else known_seed)
         with preserve_generators(accelerator.device), plugins.running():
             seed_generators(mix(seed, STEP), accelerator.device)
             world: dict[str, int] = {

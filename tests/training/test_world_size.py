@@ -70,6 +70,10 @@ def test_every_rank_ends_with_the_same_statistics(on_two: list[dict[str, Any]]) 
     assert first == second
 
 
+def test_what_grew_differently_on_each_rank_stays_as_it_is(on_two: list[dict[str, Any]]) -> None:
+    assert on_two[-1]["grown"] == [{"cache": [0, 0]}, {"cache": [1, 1, 1], "late": [1]}]
+
+
 def test_the_statistics_are_the_mean_of_what_every_rank_saw(on_two: list[dict[str, Any]]) -> None:
     dataset = Tensors(32)
     norms = [torch.nn.BatchNorm2d(3) for _ in range(2)]
@@ -101,11 +105,13 @@ def test_num_processes_starts_workers_and_gives_the_model_back() -> None:
     assert torch.equal(predicted.predictions, iris_hf.predict(Tensors(13), Net(), batch_size=2).predictions)
 
 
-def test_workers_give_back_unsaved_buffers_and_draw_from_the_callers_generator() -> None:
+def test_workers_give_back_unsaved_buffers_and_draw_from_the_callers_generator(tmp_path: Path) -> None:
     trained = []
-    for _ in range(2):
+    for run in ("one", "two"):
         torch.manual_seed(3)
-        trained.append(iris_hf.train(NormNet(), Tensors(16), None, num_epochs=1, batch_size=4, num_processes=2).model)
+        settings = {"num_epochs": 1, "batch_size": 4, "num_processes": 2}
+        settings |= {"checkpoint_dir": tmp_path / run, "resume": "auto"}  # the seed would be a checkpoint's, with one
+        trained.append(iris_hf.train(NormNet(), Tensors(16), None, **settings).model)
     assert float(trained[0].unsaved) == 2
     assert torch.equal(trained[0].head.weight, trained[1].head.weight)
 
@@ -114,8 +120,15 @@ def test_workers_take_functions_and_classes_of_the_caller_and_give_back_what_a_p
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     class Local(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.batches, self.lock = double, 0, None
+
         def training_step(self, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"loss": self.criterion(self(inputs), targets)}
+            self.batches += 1
+            self.lock = self.lock or threading.Lock()
+            self.body.lock = self.lock
+            return {"loss": self.criterion(self(self.scale(inputs)), targets)}
 
     class Adapts(iris_hf.Plugin):
         lock: Any = None
@@ -129,16 +142,27 @@ def test_workers_take_functions_and_classes_of_the_caller_and_give_back_what_a_p
         def on_step_end(self, state: iris_hf.TrainState) -> None:
             self.steps, self.lock = state.step, threading.Lock()
 
+    def double(image: torch.Tensor) -> torch.Tensor:
+        return image * 2
+
     adapts = Adapts()
     settings = {"num_epochs": 1, "base_lr": 0.1, "random_seed": 0, "plugins": [adapts]}
-    model, _ = iris_hf.train(Local(), Tensors(16), lambda image: image * 2, batch_size=4, num_processes=2, **settings)
-    alone, _ = iris_hf.train(Local(), Tensors(16), lambda image: image * 2, batch_size=8, **settings)
+    written = {cls: dict(vars(cls)) for cls in (Local, Adapts)}
+    model, _ = iris_hf.train(Local(), Tensors(16), double, batch_size=4, num_processes=2, **settings)
+    for cls, attributes in written.items():
+        assert [name for name, value in attributes.items() if vars(cls)[name] is not value] == []
+    said = capfd.readouterr().err
+    assert "Adapts: lock cannot be pickled after the run: as before it" in said
+    assert "Local: lock cannot be pickled after the run: as before it" in said
+    assert "Sequential: lock cannot be pickled after the run: as before it" in said
+    assert adapts.steps == 2
     assert type(model) is Local
+    assert model.scale is double
+    assert (model.batches, model.lock, hasattr(model.body, "lock")) == (2, None, False)
+    alone, _ = iris_hf.train(Local(), Tensors(16), double, batch_size=8, **settings)
     assert model.state_dict().keys() == alone.state_dict().keys()
     for one, two in zip(alone.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
-    assert adapts.steps == 2
-    assert "Adapts: lock cannot be pickled after the run" in capfd.readouterr().err
 
 
 def test_an_error_in_a_worker_comes_back_as_it_was() -> None:
