@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,23 @@ def copy_buffers(module: nn.Module, stored: Mapping[str, Tensor], *, unsaved: Co
         "buffers",
     )
     return late
+
+
+def in_common(of_ranks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names that all ranks have, with equal values, in the first one's order."""
+    first, *others = of_ranks
+    return [name for name, value in first.items() if all(name in other and other[name] == value for other in others)]
+
+
+def mean_buffers(of_ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return what several processes' buffers are to others: the mean where it has one, and else the first rank's."""
+    alike = in_common([{name: (value.shape, value.dtype) for name, value in each.items()} for each in of_ranks])
+    merged = dict(of_ranks[0])
+    for name in alike:
+        values = [of_rank[name] for of_rank in of_ranks]
+        if values[0].is_floating_point() and not all(torch.equal(value, values[0]) for value in values):
+            merged[name] = torch.stack(values).mean(0)
+    return merged
 
 
 def extra_states(module: nn.Module) -> dict[str, Any]:

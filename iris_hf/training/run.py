@@ -20,7 +20,15 @@ from iris_hf.engine.rng import STEP, VALIDATION, mix, seed_generators
 from iris_hf.engine.shards import gather_nested
 from iris_hf.engine.streams import StreamBatches, StreamOnce
 from iris_hf.errors import ConfigError, DataError, noted
-from iris_hf.training.buffers import LateBuffer, copy_buffers, extra_states, set_extra_states, unsaved_buffers
+from iris_hf.training.buffers import (
+    LateBuffer,
+    copy_buffers,
+    extra_states,
+    in_common,
+    mean_buffers,
+    set_extra_states,
+    unsaved_buffers,
+)
 from iris_hf.training.checkpoint import Checkpoint, CheckpointWriter, Progress
 from iris_hf.training.config import TrainConfig
 from iris_hf.training.facts import RunFacts, another_run, plain, plugin_settings, regrouping
@@ -134,10 +142,11 @@ class TrainingRun:
             while not self.is_over():
                 if state.step < (state.epoch + 1) * state.steps_per_epoch:
                     self.train_epoch()
+                self.restore_plugins()  # where no step of the epoch was left
                 is_validated = is_best = False
                 if self.val_loader is not None and (state.stop_reason or self.config.validates_after(state.epoch)):
-                    self.leave_if_terminated()
-                    self.restore_plugins()
+                    if not state.stop_reason:
+                        self.leave_if_terminated()
                     with self.plugins.validation_context(state):
                         is_validated = self.validate()
                     if not is_validated:
@@ -288,18 +297,19 @@ class TrainingRun:
         self.layout.load_optimizer(self.optimizer, stored["optimizer"])
         if self.accelerator.scaler is not None and stored["scaler"]:
             self.accelerator.scaler.load_state_dict(stored["scaler"])
-        own = checkpoint.of_rank(self.accelerator.process_index)
-        buffers = own["buffers"]
-        if checkpoint.world_size != self.accelerator.num_processes:
-            of_all = [checkpoint.of_rank(rank)["buffers"] for rank in range(checkpoint.world_size)]
-            buffers = {name: _mean_unless_equal([of_rank[name] for of_rank in of_all]) for name in of_all[0]}
-        self._late_buffers = copy_buffers(self.module, buffers, unsaved=own["unsaved"])
-        set_extra_states(self.module, own["extra"])
-        self._plugin_states = own["plugins"]
+        of_ranks = []
         for rank in range(checkpoint.world_size):
             of_rank = checkpoint.of_rank(rank)
             self.skipped.update(of_rank["skipped"])
-            self.batches.origins.update(of_rank.get("origins", {}))
+            self.batches.origins.update(of_rank["origins"])
+            of_ranks.append((of_rank["buffers"], of_rank["unsaved"]))
+        own = checkpoint.of_rank(self.accelerator.process_index)
+        buffers, unsaved = own["buffers"], own["unsaved"]
+        if checkpoint.world_size != self.accelerator.num_processes:
+            buffers, unsaved = mean_buffers([buffers for buffers, _ in of_ranks]), of_ranks[0][1]
+        self._late_buffers = copy_buffers(self.module, buffers, unsaved=unsaved)
+        set_extra_states(self.module, own["extra"])
+        self._plugin_states = own["plugins"]
         progress = checkpoint.progress
         self.state.epoch, self.state.step = progress.epoch, progress.step
         self.state.val_loss, self.state.val_metrics = progress.val_loss, own["val_metrics"]
@@ -403,8 +413,9 @@ class TrainingRun:
         """Go through the validation set; set `state.val_loss`, the mean loss per example, and `state.val_metrics`.
 
         Returns:
-            Whether it was gone through. A process at which SIGTERM arrives leaves its part and meets the others at the
-            end, where all give up the validation; one after a plugin has asked for a stop is finished.
+            Whether it was gone through. When SIGTERM arrives at a process, each leaves its part as soon as it notices,
+            and they meet at the end, where all give up the validation; one after a plugin has asked for a stop is
+            finished.
         """
         from accelerate.utils import gather_object
 
@@ -428,7 +439,7 @@ class TrainingRun:
                         for watch in watching:
                             watch(state, part)
             count += len(examples)
-            if self.termination.is_set_here and not state.stop_reason:
+            if not state.stop_reason and self.termination.is_noticed():
                 is_left = True
                 break
         losses, counts, left = zip(*gather_object([(loss_sum.item(), count, is_left)]), strict=True)
@@ -469,11 +480,17 @@ class TrainingRun:
     def synchronise_buffers(self) -> None:
         """Make buffers equal on all ranks: the mean (BatchNorm's statistics), or rank 0's where they are integers.
 
-        Those that agree stay as they are to the bit: means and standard deviations of images, for one.
+        Those that agree stay as they are to the bit: means and standard deviations of images, for one. So do those
+        that not every rank has, in the same shape: caches, which grow with each process's inputs.
         """
         if self.accelerator.num_processes == 1:
             return
-        for buffer in self.module.buffers():
+        from accelerate.utils import gather_object
+
+        buffers = dict(self.module.named_buffers())
+        everywhere = gather_object([{name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()}])
+        for name in in_common(everywhere):
+            buffer = buffers[name]
             if buffer.is_floating_point():
                 low, high = buffer.clone(), buffer.clone()
                 torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
@@ -482,12 +499,3 @@ class TrainingRun:
                     torch.distributed.all_reduce(buffer.div_(self.accelerator.num_processes))
             else:
                 torch.distributed.broadcast(buffer, src=0)
-
-
-def _mean_unless_equal(values: list[torch.Tensor]) -> torch.Tensor:
-    first = values[0]
-    if not first.is_floating_point() or all(torch.equal(value, first) for value in values):
-        return first
-    if any(value.shape != first.shape for value in values):  # a cache, which grew with this process's inputs
-        return first
-    return torch.stack(values).mean(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 from collections.abc import Iterator
@@ -33,10 +34,13 @@ class TerminationFlag:
             is decided on by :meth:`is_set_anywhere`.
     """
 
+    _numbers = itertools.count()  # every process makes its flags in the same order
+
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.is_set_here = False
         self._group: Any = None
+        self._key = f"iris_hf/termination/{next(self._numbers)}"
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -66,6 +70,18 @@ class TerminationFlag:
         flag = torch.tensor(int(self.is_set_here))
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
         return bool(flag.item())
+
+    def is_noticed(self) -> bool:
+        """Whether this process knows, by itself or from another, that one was asked to leave; any may ask at any time.
+
+        What it costs is a question to the store by which the processes have found each other.
+        """
+        if self.accelerator.num_processes == 1:
+            return self.is_set_here
+        store = dist.distributed_c10d._get_default_store()
+        if self.is_set_here:
+            store.set(self._key, "")
+        return self.is_set_here or bool(store.check([self._key]))
 
     @contextmanager
     def _talking(self) -> Iterator[None]:

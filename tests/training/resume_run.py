@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ class Killer(iris_hf.Plugin):
             self.on_validation_batch(state, ())
 
     def on_validation_batch(self, state: iris_hf.TrainState, batch: Any) -> None:
+        if batch and state.step == self.terminate_at and state.is_main_process:
+            print("a batch of the validation", file=sys.stderr)
+            time.sleep(0.3)
         if state.step == self.terminate_at and state.accelerator.process_index == state.accelerator.num_processes - 1:
             os.kill(os.getpid(), signal.SIGTERM)  # one process gets it, all have to leave
 

@@ -16,8 +16,9 @@ from pairs import Pairs, TwoTowers
 from tiny import Dies, Net, Tensors, train_tiny
 
 import iris_hf
+from iris_hf.training.buffers import mean_buffers
 from iris_hf.training.checkpoint import open_checkpoint
-from iris_hf.training.termination import Preempted
+from iris_hf.training.termination import Preempted, TerminationFlag
 
 pytestmark = pytest.mark.torch_only
 
@@ -44,8 +45,22 @@ class Terminates(iris_hf.Plugin):
     def on_validation_batch(self, state: iris_hf.TrainState, batch: Any) -> None: ...
 
 
+@contextmanager
+def terminated_at_once(flag: TerminationFlag, listening: Any = TerminationFlag.listening) -> Iterator[None]:
+    """Listen as a run does, when SIGTERM has come between its start and its first step or validation."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with listening(flag):
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(("hook", "calls"), [("on_epoch_end", 2), ("on_validation_batch", 2 + 1)])
-def test_sigterm_does_not_wait_for_a_validation(hook: str, calls: int, tmp_path: Path) -> None:
+def test_sigterm_does_not_wait_for_a_validation(
+    hook: str, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {"val_dataset": Tensors(16, seed=1), "plugins": ["ema(0.9, 0)", "log_summary"], "dropout": 0.3}
     terminates = Terminates(hook)
     before = signal.getsignal(signal.SIGTERM)
@@ -57,10 +72,38 @@ def test_sigterm_does_not_wait_for_a_validation(hook: str, calls: int, tmp_path:
         signal.signal(signal.SIGTERM, before)
     assert len(terminates.calls) == calls  # of 2 epochs, of the 2 batches of the first validation and 1 more
     assert steps_of(tmp_path) == [8, 16]
+    with monkeypatch.context() as patch:
+        patch.setattr(TerminationFlag, "listening", terminated_at_once)
+        with pytest.raises(Preempted):
+            train_tiny(**settings, checkpoint_dir=tmp_path, resume="auto", val_batch_size=8)
     weights, resumed = train_tiny(**settings, checkpoint_dir=tmp_path, resume="auto", val_batch_size=8)
     whole, never = train_tiny(**settings, val_batch_size=8)
     assert resumed.val_losses == {epoch: never.val_losses[epoch] for epoch in (1, 2)}
     assert all(torch.equal(weights[name], whole[name]) for name in whole)
+
+
+def test_a_run_that_a_plugin_ends_is_validated_although_sigterm_arrives(tmp_path: Path) -> None:
+    class Stops(Terminates):
+        def on_step_end(self, state: iris_hf.TrainState) -> None:
+            if state.step == 12:
+                state.request_stop("the time is up.")
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Preempted):
+            train_tiny(val_dataset=Tensors(16), checkpoint_dir=tmp_path, plugins=[Stops("on_epoch_end")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    progress = open_checkpoint(tmp_path / "step-00000012").progress
+    assert (progress.stop_reason, progress.is_validated) == ("the time is up.", True)
+
+
+def test_buffers_of_ranks_are_averaged_where_all_have_them_alike() -> None:
+    first = {"mean": torch.tensor([1.0]), "count": torch.tensor(1), "cache": torch.zeros(2), "own": torch.zeros(1)}
+    second = {"late": torch.zeros(3), "cache": torch.ones(3), "count": torch.tensor(5), "mean": torch.tensor([2.0])}
+    merged = mean_buffers([first, second])
+    wanted = {"mean": [1.5], "count": 1, "cache": [0, 0], "own": [0]}
+    assert {name: value.tolist() for name, value in merged.items()} == wanted
 
 
 GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

@@ -105,9 +105,13 @@ def test_a_run_goes_on_on_another_number_of_processes(first: int, then: int, tmp
 
 
 @pytest.mark.parametrize(("num_processes", "step"), [(1, 2), (2, 7)], ids=["alone", "two processes, in a validation"])
-def test_sigterm_writes_a_checkpoint_and_ends_with_its_own_code(num_processes: int, step: int, tmp_path: Path) -> None:
+def test_sigterm_writes_a_checkpoint_and_ends_with_its_own_code(
+    num_processes: int, step: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = {"random_seed": 0, "checkpoint_dir": str(tmp_path / "c"), "batch_size": 4, "resume": "auto"}
-    code = run(tmp_path / "out", {**arguments, "terminate_at": step}, num_processes)
+    code = run(tmp_path / "out", {**arguments, "terminate_at": step, "val_batch_size": 1}, num_processes)
+    num_validated = capsys.readouterr().out.count("a batch of the validation")
+    assert num_validated == 0 if num_processes == 1 else 0 < num_validated < 7  # of the process that got no signal
     assert code == PREEMPTED if num_processes == 1 else code != 0  # torchrun has a code of its own
     (folder,) = (tmp_path / "c").glob("step-*")
     progress = open_checkpoint(folder).progress
