@@ -149,7 +149,8 @@ def train(
         no_weight_decay_module_class_names: Regular expressions matched from the start of a module's class name.
         lr_scale_param_names: List of `[pattern, factor]`; the first pattern that matches scales a parameter's rate.
         plugins: Names, with arguments where needed, or Plugin objects; after those in `model.plugins`. An object that
-            ran in local workers has the attributes of the first worker's afterwards.
+            ran in local workers has the attributes of the first worker's afterwards. (What cannot be pickled, of these
+            or of the model, is as it was before the run, and a warning names it.)
         random_seed: Any integer, 0 included. None draws one from torch's global generator.
         ddp_find_unused_parameters: For models whose forward leaves parameters out, on several processes.
         checkpoint_dir: Where to keep checkpoints, a folder each: complete, or not there. With one, SIGTERM makes the

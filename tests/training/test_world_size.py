@@ -137,6 +137,8 @@ def test_workers_take_functions_and_classes_of_the_caller_and_give_back_what_a_p
         def transform_model(self, model: torch.nn.Module) -> torch.nn.Module:
             model.requires_grad_(False)
             model.head = torch.nn.Sequential(model.head, torch.nn.Linear(2, 2))
+            lock = threading.Lock()
+            model.head.register_forward_hook(lambda *_: lock.release() if lock.locked() else None)
             return model
 
         def on_step_end(self, state: iris_hf.TrainState) -> None:
@@ -155,10 +157,12 @@ def test_workers_take_functions_and_classes_of_the_caller_and_give_back_what_a_p
     assert "Adapts: lock cannot be pickled after the run: as before it" in said
     assert "Local: lock cannot be pickled after the run: as before it" in said
     assert "Sequential: lock cannot be pickled after the run: as before it" in said
+    assert "Sequential: _forward_hooks cannot be pickled after the run: as before it" in said
     assert adapts.steps == 2
     assert type(model) is Local
     assert model.scale is double
     assert (model.batches, model.lock, hasattr(model.body, "lock")) == (2, None, False)
+    assert model(Tensors(2).images).shape == (2, 2)
     alone, _ = iris_hf.train(Local(), Tensors(16), double, batch_size=8, **settings)
     assert model.state_dict().keys() == alone.state_dict().keys()
     for one, two in zip(alone.parameters(), model.parameters(), strict=True):
