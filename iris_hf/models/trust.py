@@ -12,6 +12,9 @@ HERE = "."
 """What a stored recipe calls its own folder."""
 
 _ELSEWHERE = ("weights", "checkpoint_path", "cache_dir", "hf_model_name", "hf_tokenizer_name")
+_NUMBERS_TOO = ("weights", "pretrained_window_sizes")
+"""What may hold numbers, such as the weights of classes, which load nothing."""
+
 _SCHEMES = ("hf-hub", "hf_hub", "local-dir")
 """What timm and open_clip put before the name of a repository or folder, and a colon behind."""
 
@@ -80,10 +83,14 @@ def refuse_other_sources(value: Any, file: Path) -> None:
             continue  # a whole configuration of transformers, which loads nothing
         other_tokenizer = key == "tokenizer" and item not in (None, HERE)
         has_scheme = isinstance(item, str) and item.partition(":")[0].lower() in _SCHEMES
-        if (
-            other_tokenizer
-            or has_scheme
-            or ((key == "name_or_path" or "pretrained" in key or key in _ELSEWHERE) and item)
-        ):
+        loads = bool(item) and (key == "name_or_path" or "pretrained" in key or key in _ELSEWHERE)
+        if other_tokenizer or has_scheme or (loads and not (key in _NUMBERS_TOO and _holds_numbers(item))):
             raise DataError(f"{str(file)!r} would load {key}={item!r}. Only what lies beside it is loaded.")
         refuse_other_sources(item, file)
+
+
+def _holds_numbers(value: Any) -> bool:
+    """Whether a stored value is a number, or holds nothing else."""
+    if isinstance(value, list | dict):
+        return all(_holds_numbers(item) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int | float) and not isinstance(value, bool)

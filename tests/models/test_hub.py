@@ -14,11 +14,12 @@ from iris_hf.models.classifier import append_classifier
 from iris_hf.models.hub import from_pretrained, save_pretrained
 from iris_hf.models.recipe import register_model_factory
 from iris_hf.models.sources.open_clip import create_tokenizer
+from iris_hf.models.sources.text_encoders import create_hf_text_encoder
 from iris_hf.models.sources.timm import create_timm_model
 from iris_hf.models.sources.transformers import create_hf_model
 from iris_hf.models.steps import as_predictor
 
-from .families import FAMILIES, NAMES, RESNET, TOWERS, make, make_batch, make_inputs
+from .families import BERT, FAMILIES, NAMES, RESNET, TOWERS, make, make_batch, make_inputs
 
 
 def predict(model, name):
@@ -161,6 +162,39 @@ def test_a_model_that_nobody_knows_how_to_make_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="'append_classifier' is registered already"):
         register_model_factory("append_classifier")(make_tied)
+
+
+def test_numbers_named_like_weights_are_saved(tmp_path):
+    model = make_tied(width=4, inner=nn.Identity())
+    for harmless in ([1.0, 3.0], {"cat": 1.0, "dog": 3}, 2):
+        model._recipe.arguments.update(weights=harmless, pretrained_window_sizes=[8, 8])
+        save_pretrained(model, tmp_path)
+    for harmful in (True, "weights.pth", ["weights.pth"], {"file": "weights.pth"}):
+        model._recipe.arguments["weights"] = harmful
+        with pytest.raises(DataError, match=r"would load weights="):
+            save_pretrained(model, tmp_path)
+    model._recipe.arguments.update(weights=None, pretrained=[1])
+    with pytest.raises(DataError, match=r"would load pretrained=\[1\]"):
+        save_pretrained(model, tmp_path)
+
+
+def test_no_saved_file_tells_the_folder_that_a_model_came_from(tmp_path):
+    origin = tmp_path / "secret-folder-of-alice"
+    models = {
+        "text": create_hf_text_encoder("bert", pretrained=False, config=BERT),
+        "vit": make("hf-vit"),
+        "clip": make("hf-clip"),
+    }
+    for name, model in models.items():
+        save_pretrained(model, origin / name)
+    text = create_hf_text_encoder(origin / "text")
+    appended = append_classifier(text, nn.Linear(text.feature_dim, 2), task_type="multiclass_classification")
+    clip = create_hf_model(origin / "clip", target_type="image_text")
+    vit = create_hf_model(origin / "vit", target_type="multiclass")
+    for name, model in {"appended": appended, "text": text, "clip": clip, "vit": vit}.items():
+        save_pretrained(model, tmp_path / name)
+        for file in (tmp_path / name).iterdir():
+            assert b"alice" not in file.read_bytes(), file
 
 
 def test_a_recipe_that_would_load_from_elsewhere_is_not_saved(tmp_path):

@@ -81,6 +81,38 @@ def test_a_new_head_goes_on_pretrained_weights(tmp_path):
     assert not torch.equal(random(torch.ones(1, 3, 32, 32)), old(torch.ones(1, 3, 32, 32)))
 
 
+def test_weights_that_only_the_head_may_lack_are_not_made_up(tmp_path):
+    make_vit().network.network.save_pretrained(tmp_path / "vit")
+    arguments = {"target_type": "multiclass", "class_names": ["a", "b"]}
+    with pytest.raises(DataError, match=r"don't belong to its configuration. mismatched keys: vit.embeddings"):
+        create_hf_model(tmp_path / "vit", config={"hidden_size": 64}, **arguments)
+    make("hf-resnet").network.network.save_pretrained(tmp_path / "resnet")
+    for file in (tmp_path / "vit").iterdir():
+        if file.suffix == ".safetensors":
+            file.replace(tmp_path / "resnet" / file.name)
+    with pytest.raises(DataError, match=r"missing keys: resnet.embedder"):
+        create_hf_model(tmp_path / "resnet", **arguments)
+
+
+@pytest.mark.parametrize("name", ["hf-rt_detr", "hf-yolos", "hf-segformer", "hf-upernet"])
+def test_detectors_and_segmenters_get_new_heads_too(name, tmp_path):
+    old = make(name)
+    old.network.save_pretrained(tmp_path)
+    new = create_hf_model(tmp_path, target_type=old.target_type, class_names=["a", "b", "c", "d"])
+    assert new.num_classes == 4
+    before, after = old.network.state_dict(), new.network.state_dict()
+    same = [k for k in before if torch.equal(before[k], after[k])]
+    assert {k for k in before if before[k].shape == after[k].shape} == set(same)
+    assert 0 < len(before) - len(same) < 20
+
+
+def test_a_base_model_gets_a_head(tmp_path):
+    base = make_vit().network.network.vit
+    base.save_pretrained(tmp_path)
+    model = create_hf_model(tmp_path, target_type="multiclass", class_names=NAMES)
+    assert torch.equal(model.network.network.vit.embeddings.cls_token, base.embeddings.cls_token)
+
+
 def processors():
     import transformers as t
 

@@ -27,9 +27,10 @@ def _is_model_type(source: Any, pretrained: bool) -> bool:
 
 
 def describe_config(settings: Any) -> dict[str, Any]:
-    """A configuration as JSON values."""
+    """A configuration as JSON values, without the folders that it and its parts came from."""
     described: dict[str, Any] = json.loads(
-        json.dumps(settings.to_dict(), default=lambda dtype: str(dtype).removeprefix("torch."))
+        json.dumps(settings.to_dict(), default=lambda dtype: str(dtype).removeprefix("torch.")),
+        object_hook=lambda part: {k: v for k, v in part.items() if k != "_name_or_path"},
     )
     return described
 

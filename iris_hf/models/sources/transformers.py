@@ -26,7 +26,7 @@ from iris_hf.models.sources.processors import (
     has_fixed_size,
     load_processor,
 )
-from iris_hf.models.sources.weights import load_network, refuse_wrong_weights
+from iris_hf.models.sources.weights import allow_new_head, load_network, refuse_wrong_weights
 from iris_hf.models.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def create_hf_model(
     Raises:
         ConfigError: If a name or field is unknown, the type has no model for the target type, weights are asked of a
             configuration, there are no class names, or the loss is not for the model.
-        DataError: If the folder or its weights cannot be read.
+        DataError: If the folder or its weights cannot be read, or weights other than the head's are missing or of
+            another shape.
     """
     return _create(
         name_or_path,
@@ -195,8 +196,9 @@ def _create(
         network, wrong = load_network(auto_class, str(source), settings, exact=exact)
         if not exact and target_type == "image_text":  # it gets no new head: all that it needs has to be there
             wrong.pop("unexpected_keys", None)
-        if exact or target_type == "image_text":
-            refuse_wrong_weights(source, wrong)
+        elif not exact:
+            wrong = allow_new_head(auto_class, network, wrong)
+        refuse_wrong_weights(source, wrong)
     else:
         with naming_the_config(settings.model_type):
             network = auto_class.from_config(settings, trust_remote_code=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,35 @@ def load_network(auto_class: Any, source: str, settings: Any, *, exact: bool) ->
         )
     except Exception as error:
         raise DataError(f"The weights of {source!r} cannot be loaded: {error}") from error
-    return network, {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
+    wrong = {k: v for k, v in info.items() if v and k != "error_msgs"}
+    # transformers 5 gives the shapes, too
+    return network, {k: sorted(n if isinstance(n, str) else n[0] for n in v) for k, v in wrong.items()}
+
+
+def allow_new_head(auto_class: Any, network: Any, wrong: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Leave out of what :func:`load_network` found wrong all that a new head explains.
+
+    That is weights of an old head, missing ones outside the base model (or of its pooler), and those whose shape
+    depends on the number of classes.
+    """
+    if not wrong:
+        return {}
+    settings = copy.deepcopy(network.config)
+    settings.num_labels += 1
+    with torch.device("meta"):
+        other = auto_class.from_config(settings, trust_remote_code=False).state_dict()
+    own = network.state_dict()
+    of_classes = {name for name, tensor in own.items() if name not in other or other[name].shape != tensor.shape}
+    base = "" if network.base_model is network else f"{network.base_model_prefix}."
+    kept = {
+        "mismatched_keys": [n for n in wrong.get("mismatched_keys", []) if n not in of_classes],
+        "missing_keys": [
+            n
+            for n in wrong.get("missing_keys", [])
+            if n not in of_classes and n.startswith(base) and ".pooler." not in n
+        ],
+    }
+    return {what: names for what, names in kept.items() if names}
 
 
 def refuse_wrong_weights(source: object, wrong: Mapping[str, list[str]]) -> None:
