@@ -23,10 +23,11 @@ class ImageSpec:
         height: Height in pixels.
         width: Width in pixels.
         resize: How an image gets that size. `crop`: the image is scaled until `crop_fraction` of it covers height and
-            width, and its centre is cut out. `squash`: it is scaled to exactly height and width. `fit`: it keeps its
-            shape; its shorter edge becomes the smaller of height and width, unless its longer edge would then exceed
-            the larger.
-        crop_fraction: For `crop`, the part of the scaled image that is kept along an edge, in (0, 1].
+            width, and its centre is cut out. `squash`: the same, but each edge is scaled by itself, so that with
+            `crop_fraction=1` all of the image is squeezed into height and width. `fit`: it keeps its shape; its
+            shorter edge becomes the smaller of height and width, unless its longer edge would then exceed the larger.
+        crop_fraction: For `crop` and `squash`, the part of the scaled image that is kept along an edge, in (0, 1].
+        multiple_of: For `fit`, edges are then rounded down to multiples of this, as YOLOS needs it.
         interpolation: Of the scaling.
         mean: Subtracted from each channel, in units of [0, 1] images.
         std: What each channel is divided by after that.
@@ -43,6 +44,7 @@ class ImageSpec:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     channels: Literal["rgb", "bgr"] = "rgb"
     variable_size: bool = False
+    multiple_of: int = 1
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -54,7 +56,7 @@ class ImageSpec:
             if len(values) != 3:
                 raise ConfigError(f"image_spec: {name} needs three values, got {given!r}.")
             object.__setattr__(self, name, values)
-        for name in ("height", "width"):
+        for name in ("height", "width", "multiple_of"):
             require_integer(f"image_spec: {name}", getattr(self, name), at_least=1)
         require_number("image_spec: crop_fraction", self.crop_fraction)
         if min(self.std) <= 0:
@@ -70,15 +72,33 @@ class ImageSpec:
                 raise unknown_name(f"image_spec {name}", getattr(self, name), known)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """The (height, width) that an image of this height and width is scaled to, before any crop."""
+        """The (height, width) that an image of this height and width is scaled to, before any crop.
+
+        Edges are rounded as torchvision, timm and the image processors of transformers round them.
+        """
+        if self.resize == "fit":
+            return self._fitted(height, width)
+        scaled = _scaled(self.height, self.crop_fraction), _scaled(self.width, self.crop_fraction)
         if self.resize == "squash":
-            return self.height, self.width
-        if self.resize == "crop":
-            scale = max(self.height / height, self.width / width) / self.crop_fraction
-        else:
-            short, long = sorted((self.height, self.width))
-            scale = min(short / min(height, width), long / max(height, width))
-        return max(1, round(height * scale)), max(1, round(width * scale))
+            return scaled
+        if scaled[0] * width >= scaled[1] * height:  # the height decides
+            return scaled[0], max(self.width, scaled[0] * width // height)
+        return max(self.height, scaled[1] * height // width), scaled[1]
+
+    def _fitted(self, height: int, width: int) -> tuple[int, int]:
+        short, long = sorted((height, width))
+        exact, longest = map(float, sorted((self.height, self.width)))
+        if long / short * exact > longest:
+            exact = longest * short / long
+        new_short, new_long = (
+            max(self.multiple_of, edge - edge % self.multiple_of)
+            for edge in (round(exact), int(exact * long / short) if round(exact) != short else long)
+        )
+        return (new_short, new_long) if height <= width else (new_long, new_short)
+
+
+def _scaled(edge: int, crop_fraction: float) -> int:
+    return int(edge / crop_fraction + 1e-6)
 
 
 def make_image_spec(known: Mapping[str, Any], override: ImageSpec | Mapping[str, Any] | None) -> ImageSpec:
@@ -86,7 +106,8 @@ def make_image_spec(known: Mapping[str, Any], override: ImageSpec | Mapping[str,
 
     Args:
         known: Fields of :class:`ImageSpec`; `height` and `width` may be missing if the caller gives them.
-        override: A whole specification, or some of its fields.
+        override: A whole specification, or some of its fields. Another `resize` keeps all of the image, unless it
+            comes with a `crop_fraction`.
 
     Raises:
         ConfigError: If a field is unknown or wrong, or the size stays unknown.
@@ -100,11 +121,18 @@ def make_image_spec(known: Mapping[str, Any], override: ImageSpec | Mapping[str,
         if name not in fields:
             raise unknown_name("image_spec field", name, fields)
     merged = {**known, **(override or {})}
+    if merged.get("resize") != known.get("resize") and "crop_fraction" not in (override or {}):
+        merged["crop_fraction"] = 1.0
     if not {"height", "width"} <= merged.keys():
         raise ConfigError(
             "The size of the images is not known for this model. Pass it: image_spec={'height': 224, 'width': 224}."
         )
     return ImageSpec(**merged)
+
+
+def is_whole(override: ImageSpec | Mapping[str, Any] | None) -> bool:
+    """Whether nothing but what a caller gave is asked for."""
+    return isinstance(override, ImageSpec) or {f.name for f in dataclasses.fields(ImageSpec)} <= set(override or ())
 
 
 class Normalize(nn.Module):

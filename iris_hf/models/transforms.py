@@ -121,7 +121,7 @@ class ImageTransform:
     def _steps(self, height: int, width: int) -> list[Step]:
         size = self.spec.resized(height, width)
         steps: list[Step] = [("resize", {"size": list(size)})] if size != (height, width) else []
-        if self.spec.resize == "crop" and size != (self.spec.height, self.spec.width):
+        if self.spec.resize != "fit" and size != (self.spec.height, self.spec.width):
             steps.append(("center_crop", {"output_size": [self.spec.height, self.spec.width]}))
         return steps
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import importlib.util
 import pickle
 
@@ -11,9 +12,12 @@ from torch import nn
 
 from iris_hf.errors import ConfigError, DataError, MissingDependencyError
 from iris_hf.models.classifier import append_classifier
+from iris_hf.models.hub import from_pretrained, save_pretrained
+from iris_hf.models.image_spec import ImageSpec, Normalize, make_image_spec
 from iris_hf.models.sources.open_clip import create_open_clip_model, create_tokenizer
+from iris_hf.models.sources.processors import fields_of_processor, find_difference, load_processor
 from iris_hf.models.sources.timm import PACKAGED_WEIGHTS, create_timm_model
-from iris_hf.models.sources.transformers import create_hf_model
+from iris_hf.models.sources.transformers import create_hf_model, save_image_processor
 from iris_hf.models.steps import as_trainable
 from iris_hf.models.transforms import create_image_transform
 
@@ -133,37 +137,91 @@ def processors():
         "segformer": t.SegformerImageProcessor(**grid),
         "detr": t.DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 45}, do_pad=False),
         "rt_detr": t.RTDetrImageProcessor(**grid),
+        "detr-padded": t.DetrImageProcessor(
+            size={"shortest_edge": 32, "longest_edge": 45}, pad_size={"height": 50, "width": 50}
+        ),
+        "yolos": t.YolosImageProcessor(size={"shortest_edge": 80, "longest_edge": 140}),
+        "levit": t.LevitImageProcessor(),
+        "poolformer": t.PoolFormerImageProcessor(),
+        "poolformer-whole": t.PoolFormerImageProcessor(crop_pct=None),
+        "deit": t.DeiTImageProcessor(),
+        "beit-cropped": t.BeitImageProcessor(size={"height": 256, "width": 256}, do_center_crop=True),
+        "efficientnet-cropped": t.EfficientNetImageProcessor(do_center_crop=True),
+        "bit": t.BitImageProcessor(),
+        "chinese_clip": t.ChineseCLIPImageProcessor(size={"height": 224, "width": 224}),
     }
 
 
+@pytest.mark.parametrize("size", [(60, 90), (91, 53)])
 @pytest.mark.parametrize(
     "name",
     [
-        "vit",
-        "vit-statistics",
-        "clip",
-        "convnext",
-        "convnext-large",
-        "mobilevit",
-        "efficientnet",
-        "efficientnet-offset",
-        "segformer",
-        "detr",
-        "rt_detr",
+        *("vit", "vit-statistics", "clip", "convnext", "convnext-large", "mobilevit", "efficientnet"),
+        *("efficientnet-offset", "efficientnet-cropped", "segformer", "detr", "detr-padded", "rt_detr", "yolos"),
+        *("levit", "poolformer", "poolformer-whole", "deit", "beit-cropped", "bit", "chinese_clip"),
     ],
 )
-def test_transform_and_normalisation_equal_the_image_processor(name, tmp_path):
+def test_transform_and_normalisation_equal_the_image_processor(name, size):
     processor = processors()[name]
-    make_vit().network.network.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    model = create_hf_model(tmp_path, target_type="multiclass")
-    smooth = np.add.outer(np.arange(60), np.arange(90))[..., None] * [1, 0.7, 0.3]
+    spec = make_image_spec(fields_of_processor(processor), None)
+    assert find_difference(processor, fields_of_processor(processor)) is None
+    smooth = np.add.outer(np.arange(size[0]), np.arange(size[1]))[..., None] * [1, 0.7, 0.3]
     image = Image.fromarray(smooth.astype(np.uint8))
     expected = torch.as_tensor(np.asarray(processor(image, return_tensors="np")["pixel_values"]))[0]
-    ours = model.network.normalize(create_image_transform(model)(image))
+    ours = Normalize(spec)(create_image_transform(spec)(image))
+    if name == "detr-padded":
+        expected = expected[:, : ours.shape[1], : ours.shape[2]]
     assert ours.shape == expected.shape
     assert (ours - expected).abs().max() < 0.06  # resampling in 8 bits, by PIL or torch
     assert (ours - expected).mean().abs() < 0.005
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("ViT", {"do_resize": False}, r"of an image of 53 x 91 pixels it makes \(3, 53, 91\) where .* \(224, 224\)"),
+        ("CLIP", {"do_center_crop": False}, r"it makes \(3, 224, 384\) where"),
+        ("CLIP", {"size": {"shortest_edge": 200}}, r"its pixels are 0.\d+ from what its settings read as"),
+        ("DPT", {"keep_aspect_ratio": True}, r"it makes \(3, 224, 384\) where"),
+        ("Perceiver", {}, r"it makes \(3, 224, 224\) where"),
+        ("TextNet", {}, r"it makes \(3, 640, 1120\) where"),
+        ("ImageGPT", {}, r"it fails on an image with (Type|Value)Error"),
+        ("Siglip2", {}, r"it has no size of images"),
+    ],
+)
+def test_an_image_processor_that_does_something_else_is_refused(name, settings, message, tmp_path):
+    import transformers
+
+    make_vit().network.network.save_pretrained(tmp_path)
+    getattr(transformers, f"{name}ImageProcessor")(**settings).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=rf"(?s)transforms don't do what the {name}\w* of .*{message}.*image_spec="):
+        create_hf_model(tmp_path, target_type="multiclass")
+    model = create_hf_model(tmp_path, target_type="multiclass", image_spec=ImageSpec(height=32, width=32))
+    assert model.image_spec == ImageSpec(height=32, width=32)
+    save_pretrained(model, tmp_path)
+    assert create_hf_model(tmp_path, target_type="multiclass").image_spec == model.image_spec
+    assert from_pretrained(tmp_path).image_spec == model.image_spec
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("hf-vit", {"crop_fraction": 0.8}),
+        ("hf-vit", {"resize": "crop", "crop_fraction": 0.8}),
+        ("hf-mobilevit", {}),
+        ("hf-segformer", {"crop_fraction": 0.8}),
+        ("hf-yolos", {}),
+        ("hf-yolos", {"height": 96, "width": 160}),
+    ],
+)
+def test_the_image_processor_that_is_saved_does_what_the_image_spec_says(name, spec, tmp_path):
+    model = make(name)
+    spec = make_image_spec(dataclasses.asdict(model.image_spec), spec)
+    model.image_spec = spec
+    save_image_processor(model, tmp_path)
+    found = fields_of_processor(load_processor(str(tmp_path)))
+    assert find_difference(load_processor(str(tmp_path)), found) is None
+    assert dataclasses.replace(make_image_spec(found, None), variable_size=spec.variable_size) == spec
 
 
 def test_fields_that_a_caller_gives_go_before_the_image_processors(tmp_path):
@@ -266,10 +324,11 @@ def test_timm_encoder_gives_pooled_features_of_normalised_images():
         as_trainable(encoder)
 
 
-def test_timm_transform_equals_timms_own():
+@pytest.mark.parametrize("config", [{}, {"crop_pct": 0.9}, {"crop_pct": 0.9, "crop_mode": "squash"}])
+def test_timm_transform_equals_timms_own(config):
     import timm.data
 
-    model = create_timm_model("resnet10t").eval()
+    model = create_timm_model("resnet10t", config={"pretrained_cfg_overlay": config}).eval()
     oracle = timm.data.create_transform(**timm.data.resolve_model_data_config(model.network))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
     torch.testing.assert_close(model.normalize(create_image_transform(model)(image)), oracle(image), atol=1e-5, rtol=0)

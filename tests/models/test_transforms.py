@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from iris_hf.errors import ConfigError, DataError
-from iris_hf.models.image_spec import ImageSpec
+from iris_hf.models.image_spec import ImageSpec, make_image_spec
 from iris_hf.models.transforms import create_image_transform
 
 
@@ -69,6 +69,28 @@ def test_an_image_of_the_right_size_is_left_alone(image):
     assert torch.equal(create_image_transform(ImageSpec(height=40, width=60))(tensor), tensor)
 
 
+@pytest.mark.parametrize("edge", [24, 25, 27])
+@pytest.mark.parametrize("size", [(40, 61), (63, 40), (41, 41), (25, 24)])
+def test_edges_are_rounded_as_torchvision_rounds_them(size, edge):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    oracle = v2.Compose([v2.Resize(edge), v2.CenterCrop(21), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    spec = ImageSpec(height=21, width=21, resize="crop", crop_fraction=21 / edge)
+    assert torch.equal(create_image_transform(spec)(image), oracle(image))
+
+
+def test_squash_with_a_fraction_cuts_out_the_centre(image):
+    spec = ImageSpec(height=20, width=30, resize="squash", crop_fraction=0.5)
+    whole = create_image_transform(ImageSpec(height=40, width=60))(image)
+    assert torch.equal(create_image_transform(spec)(image), whole[:, 10:30, 15:45])
+
+
+def test_another_resize_rule_keeps_all_of_the_image():
+    known = {"height": 8, "width": 8, "resize": "crop", "crop_fraction": 0.8}
+    assert make_image_spec(known, {"resize": "squash"}).crop_fraction == 1.0
+    assert make_image_spec(known, {"resize": "squash", "crop_fraction": 0.9}).crop_fraction == 0.9
+    assert make_image_spec(known, {"height": 9}).crop_fraction == 0.8
+
+
 @pytest.mark.parametrize(("size", "expected"), [((60, 40), (32, 48)), ((100, 20), (12, 60)), ((20, 20), (32, 32))])
 def test_fit_keeps_the_shape_within_both_edges(size, expected):
     spec = ImageSpec(height=32, width=60, resize="fit")
@@ -111,7 +133,7 @@ boxes_in_pixels = st.tuples(st.integers(0, 55), st.integers(0, 35), st.integers(
 @given(
     box=boxes_in_pixels,
     seed=st.integers(0, 1000),
-    rule=st.sampled_from([("squash", 1.0), ("fit", 1.0), ("crop", 0.8)]),
+    rule=st.sampled_from([("squash", 1.0), ("squash", 0.8), ("fit", 1.0), ("crop", 0.8)]),
     train=st.booleans(),
 )
 def test_a_box_and_the_mask_of_that_box_stay_together(box, seed, rule, train):
@@ -197,6 +219,7 @@ def test_wrong_arguments_and_targets_are_refused(image):
     ("fields", "message"),
     [
         ({"height": 0}, "image_spec: height must be at least 1, got 0"),
+        ({"multiple_of": 0}, "image_spec: multiple_of must be at least 1, got 0"),
         ({"width": "8"}, "image_spec: width must be a whole number, got '8'"),
         ({"mean": 0.5}, "mean needs three values, got 0.5"),
         ({"crop_fraction": "1"}, "crop_fraction must be a finite number, got '1'"),

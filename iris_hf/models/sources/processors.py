@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import PIL.Image
+import torch
+
 from iris_hf.errors import DataError
+from iris_hf.models.image_spec import ImageSpec, Normalize
 from iris_hf.models.sources.image_text import IMAGE_TEXT_TYPES
+from iris_hf.models.transforms import create_image_transform
 
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers, as processors store them."""
+
+YOLOS_MULTIPLE = 16
+"""What the image processor of YOLOS rounds edges to, whatever the size of patches."""
 
 
 def load_processor(source: str) -> Any:
@@ -49,15 +59,22 @@ def fields_of_processor(processor: Any) -> dict[str, Any]:
         fields["std"] = tuple(a * b for a, b in zip(fields["std"], std, strict=True))
     size = {k: v for k, v in dict(get("size", {})).items() if v is not None}
     crop = {k: v for k, v in dict(get("crop_size", {})).items() if v is not None}
+    kind = type(processor).__name__
     short = size.get("shortest_edge")
+    if short and kind.startswith("Levit"):
+        short = int(256 / 224 * short)
+    if kind.startswith("PoolFormer") and get("crop_pct") is not None:
+        short = int((short or size["height"]) / get("crop_pct"))
     if get("do_center_crop", False) and crop:
-        scaled = short or min(size.get("height", crop["height"]), size.get("width", crop["width"]))
-        fraction = min(1.0, min(crop["height"], crop["width"]) / scaled)
-        fields.update(height=crop["height"], width=crop["width"], resize="crop", crop_fraction=fraction)
+        scaled = short or size.get("height", crop["height"])
+        fields.update(height=crop["height"], width=crop["width"], resize="crop" if short else "squash")
+        fields["crop_fraction"] = min(1.0, crop["height"] / scaled)
     elif "height" in size:
         fields.update(height=size["height"], width=size["width"], resize="squash")
     elif short and "longest_edge" in size:
         fields.update(height=short, width=size["longest_edge"], resize="fit")
+        if kind.startswith("Yolos"):
+            fields["multiple_of"] = YOLOS_MULTIPLE
     elif short and get("crop_pct") is not None:  # ConvNeXt
         squash = short >= 384
         fields.update(height=short, width=short, resize="squash" if squash else "crop")
@@ -65,6 +82,35 @@ def fields_of_processor(processor: Any) -> dict[str, Any]:
     elif short:
         fields.update(height=short, width=short, resize="crop")
     return fields
+
+
+def find_difference(processor: Any, fields: Mapping[str, Any]) -> str | None:
+    """What an image processor does to a picture that the transform of :func:`fields_of_processor` does not, or None.
+
+    There are more processors than anyone has read, each with switches of its own: it is tried instead.
+    """
+    if not {"height", "width"} <= fields.keys():
+        return "it has no size of images"
+    spec = ImageSpec(**fields)
+    across, down = np.meshgrid(np.linspace(0, 255, 91), np.linspace(0, 255, 53))
+    picture = PIL.Image.fromarray(np.stack([across, down, (across + 255 - down) / 2], -1).round().astype(np.uint8))
+    try:
+        made = processor(picture, return_tensors="np")
+        theirs = torch.from_numpy(np.asarray(made["pixel_values"])[0])
+        if "pixel_mask" in made:  # padded to one size: our detectors do that themselves
+            rows, columns = (np.asarray(made["pixel_mask"])[0].any(axis).sum() for axis in (1, 0))
+            theirs = theirs[:, :rows, :columns]
+    except Exception as error:  # of a library, on values that a repository gave
+        return f"it fails on an image with {type(error).__name__}: {error}"
+    ours = Normalize(spec)(create_image_transform(spec)(picture))
+    if theirs.shape != ours.shape:
+        sizes = tuple(theirs.shape), tuple(ours.shape[1:])
+        return f"of an image of 53 x 91 pixels it makes {sizes[0]} where its settings read as {sizes[1]}"
+    off = ((theirs - ours).abs().mean((1, 2)) * torch.tensor(spec.std)).max().item()
+    # Resampling differs by less than 0.002 between libraries; a crop may be off by a pixel.
+    if off > 0.005 + 0.5 / min(ours.shape[1:]):
+        return f"its pixels are {off:.3f} from what its settings read as, in units of [0, 1]"
+    return None
 
 
 def fields_of_config(settings: Any, target_type: str) -> dict[str, Any]:
@@ -75,6 +121,8 @@ def fields_of_config(settings: Any, target_type: str) -> dict[str, Any]:
     if target_type == "detection" and settings.model_type not in ("d_fine", "rt_detr", "rt_detr_v2"):
         fields["resize"] = "fit"
         size = size or (800, 1333)
+        if settings.model_type == "yolos":
+            fields["multiple_of"] = YOLOS_MULTIPLE
     size = size or squash_to
     fields["height"], fields["width"] = (size, size) if isinstance(size, int) else size
     if target_type == "image_text":

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from iris_hf.errors import ConfigError, require_names, unknown_name
+from iris_hf.errors import ConfigError, DataError, require_names, unknown_name
 from iris_hf.losses.contrastive import ContrastiveKind
 from iris_hf.models.classifier import ImageClassifier, ImageEncoder
 from iris_hf.models.contrastive import ImageTextContrastiveModel
 from iris_hf.models.detector import ImageDetector
-from iris_hf.models.image_spec import ImageSpec, Normalize, make_image_spec
+from iris_hf.models.image_spec import ImageSpec, Normalize, is_whole, make_image_spec
 from iris_hf.models.recipe import record
 from iris_hf.models.segmenter import ImageSegmenter
 from iris_hf.models.sources.configurations import describe_config, is_stored, make_config, naming_the_config
@@ -23,6 +23,7 @@ from iris_hf.models.sources.processors import (
     detection_processor_type,
     fields_of_config,
     fields_of_processor,
+    find_difference,
     has_fixed_size,
     load_processor,
 )
@@ -69,8 +70,8 @@ def create_hf_model(
             its configuration is used, and weights are random.
         config: Fields of the configuration to change, such as `{"hidden_size": 64}`.
         image_spec: Fields of :class:`iris_hf.models.image_spec.ImageSpec` to change. By default they come from the
-            image processor of `name_or_path`; a bare configuration gets mean = std = 0.5 (CLIP: its own) and its own
-            image size.
+            image processor of `name_or_path`, unless all are given; a bare configuration gets mean = std = 0.5 (CLIP:
+            its own) and its own image size.
         score_threshold: For detection: predictions of lower probability are left out.
         max_detections: For detection: the largest number of boxes predicted for an image.
         loss: For image_text: `siglip` for models with a bias of the logits, `clip` or `unicl` for others. None takes
@@ -81,7 +82,7 @@ def create_hf_model(
         ConfigError: If a name or field is unknown, the type has no model for the target type, weights are asked of a
             configuration, there are no class names, or the loss is not for the model.
         DataError: If the folder or its weights cannot be read, or weights other than the head's are missing or of
-            another shape.
+            another shape, or its image processor does what no `image_spec` describes.
     """
     return _create(
         name_or_path,
@@ -142,8 +143,11 @@ def save_image_processor(model: HFModel | TextEncoder, folder: Path) -> None:
         "image_std": list(spec.std),
         "size": {"height": spec.height, "width": spec.width},
     }
-    if spec.resize == "crop":
-        arguments["size"] = {"shortest_edge": round(min(spec.height, spec.width) / spec.crop_fraction)}
+    crops = spec.resize == "crop" or (spec.resize == "squash" and spec.crop_fraction < 1)
+    if crops:
+        height, width = spec.resized(spec.height, spec.width)
+        squashed = {"height": height, "width": width}
+        arguments["size"] = {"shortest_edge": min(height, width)} if spec.resize == "crop" else squashed
         arguments.update(crop_size={"height": spec.height, "width": spec.width}, do_center_crop=True)
     elif spec.resize == "fit":
         short, long = sorted((spec.height, spec.width))
@@ -152,11 +156,11 @@ def save_image_processor(model: HFModel | TextEncoder, folder: Path) -> None:
         processor_type = detection_processor_type(hf_network(model).config)
     elif spec.channels == "bgr":
         processor_type = transformers.MobileViTImageProcessor
+        arguments["do_center_crop"] = crops
     elif model.target_type == "segmentation":
-        crops = spec.resize == "crop"
         processor_type = transformers.MobileNetV2ImageProcessor if crops else transformers.SegformerImageProcessor
     else:
-        squashes = spec.resize == "squash"
+        squashes = spec.resize == "squash" and not crops
         processor_type = transformers.ViTImageProcessor if squashes else transformers.CLIPImageProcessor
     processor_type(**arguments).save_pretrained(folder)
 
@@ -209,7 +213,19 @@ def _create(
 
     stored = str(source) if is_stored(source, pretrained) else None
     processor = None if stored is None else load_processor(stored)
-    fields = fields_of_processor(processor) if processor is not None else fields_of_config(settings, target_type)
+    if processor is None:
+        fields = fields_of_config(settings, target_type)
+    else:
+        fields = fields_of_processor(processor)
+        difference = find_difference(processor, fields)
+        if difference is not None and not is_whole(image_spec):
+            raise DataError(
+                f"iris_hf's transforms don't do what the {type(processor).__name__} of {stored!r} does: {difference}. "
+                "Say what images the model takes: image_spec=ImageSpec(height=..., width=..., resize=..., mean=..., "
+                "std=...)."
+            )
+        if difference is not None:
+            processor, fields = None, {}
     fields["variable_size"] = target_type == "detection" or not has_fixed_size(network)
     if target_type == "image_text":
         fields["variable_size"] = False
