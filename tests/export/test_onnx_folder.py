@@ -59,8 +59,7 @@ def test_pipeline_gives_the_models_probabilities(name, tmp_path):
         expected = model.prediction_step(create_image_transform(model)(PICTURE)[None])[0]
     names = NAMES if model.class_names else [f"LABEL_{i}" for i in range(3)]
     scores = {d["label"]: d["score"] for d in classify(PICTURE, top_k=3)}
-    tolerance = 1e-5 if model.image_spec.resize == "squash" else 1e-3  # a scaled edge may be rounded to another pixel
-    assert scores == pytest.approx(dict(zip(names, expected.tolist(), strict=True)), abs=tolerance)
+    assert scores == pytest.approx(dict(zip(names, expected.tolist(), strict=True)), abs=1e-5)
 
 
 @needs_optimum
