@@ -117,15 +117,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         DataError: If it is none, or damaged.
     """
     try:
-        info = json.loads((folder / _INFO).read_text(encoding="utf-8"))
-        if info["format"] != _FORMAT:
-            raise DataError(f"{str(folder)!r} has the format {info['format']!r}; this iris_hf reads {_FORMAT}.")
-        files: Mapping[str, Mapping[str, int]] = info["files"]
+        checkpoint, files = _parse(folder)
         for name, wanted in files.items():
             if _checksum(folder / name) != wanted:
                 raise DataError(f"{str(folder / name)!r} is not what was written there: its size or checksum differs.")
-        return Checkpoint(folder, RunFacts(**info["facts"]), Progress(**info["progress"]), len(files) - 2)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return checkpoint
+    except _DAMAGES as error:
         if isinstance(error, DataError):
             raise
         inside = _list(folder)
@@ -184,7 +181,7 @@ class CheckpointWriter:
         found = _list(self.directory)
         later = [folder for folder in found if _step_of(folder) > step]
         known = [described for folder in found if folder not in later and (described := _describe(folder))]
-        if (found and not resumed) or any(facts.differences(others) for others, _ in known):
+        if (found and not resumed) or any(facts.differences(each.facts) for each in known):
             raise ConfigError(
                 f"checkpoint_dir={str(directory)!r} holds the checkpoints of another run. resume='auto' goes on from "
                 "them; to start afresh, choose another folder or empty this one."
@@ -196,7 +193,7 @@ class CheckpointWriter:
         self.last_step: int | None = None
         is_over = any(
             progress.step == step and (progress.stop_reason is not None or progress.epoch == facts.num_epochs)
-            for _, progress in known
+            for progress in (each.progress for each in known)
         )
         self._on_main(
             lambda: self._prepare(later, step, writes=not is_over), f"checkpoint_dir={str(directory)!r} cannot be used"
@@ -321,7 +318,7 @@ class CheckpointWriter:
         losses: dict[Path, float] = {}
         for folder in folders:
             described = _describe(folder)  # a damaged one is passed over on resuming, too
-            loss = described[1].val_loss if described is not None and described[1].is_validated else None
+            loss = described.progress.val_loss if described and described.progress.is_validated else None
             if loss is not None and not math.isnan(loss):
                 losses[folder] = loss
         if losses:
@@ -344,12 +341,24 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def _describe(folder: Path) -> tuple[RunFacts, Progress] | None:
+_DAMAGES = (OSError, ValueError, TypeError, KeyError)
+"""What :func:`_parse` raises of a folder that is no checkpoint."""
+
+
+def _parse(folder: Path) -> tuple[Checkpoint, Mapping[str, Mapping[str, int]]]:
+    """Read what a checkpoint says of itself, and the sizes and checksums of its files, which are not looked at."""
+    info = json.loads((folder / _INFO).read_text(encoding="utf-8"))
+    if info["format"] != _FORMAT:
+        raise DataError(f"{str(folder)!r} has the format {info['format']!r}; this iris_hf reads {_FORMAT}.")
+    files: Mapping[str, Mapping[str, int]] = info["files"]
+    return Checkpoint(folder, RunFacts(**info["facts"]), Progress(**info["progress"]), len(files) - 2), files
+
+
+def _describe(folder: Path) -> Checkpoint | None:
     """Read what a checkpoint says of itself; None of a damaged one."""
     try:
-        info = json.loads((folder / _INFO).read_text(encoding="utf-8"))
-        return RunFacts(**info["facts"]), Progress(**info["progress"])
-    except (OSError, ValueError, TypeError, KeyError):
+        return _parse(folder)[0]
+    except _DAMAGES:
         return None
 
 
