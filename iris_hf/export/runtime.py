@@ -128,17 +128,28 @@ def load_onnx(
             the CPU, when None.
 
     Raises:
-        DataError: If the folder holds no export, its description is damaged, or ONNX Runtime cannot read it.
+        DataError: If the folder holds no export, its description is damaged or names a tokenizer from elsewhere, or
+            ONNX Runtime cannot read it.
         MissingDependencyError: If ONNX Runtime is missing.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingDependencyError("load_onnx needs onnxruntime: pip install onnxruntime.")
     path = Path(folder)
     description = read_description(path)
-    if description.get("tokenizer_name") == HERE:
-        description["tokenizer_name"] = str(path)
+    description["tokenizer_name"] = _tokenizer_beside(path, description.get("tokenizer_name"))
     data = (path / MODEL_FILE).read_bytes()
     try:
         return OnnxModel(data, description, num_threads=num_threads, providers=providers)
     except Exception as error:
         raise DataError(f"ONNX Runtime cannot read {str(path / MODEL_FILE)!r}: {error}") from error
+
+
+def _tokenizer_beside(folder: Path, name: object) -> str | None:
+    """The name of an export's tokenizer: its folder, one that open_clip knows, or None."""
+    if name is None or name == HERE:
+        return None if name is None else str(folder)
+    import open_clip
+
+    if name not in open_clip.list_models():
+        raise DataError(f"{str(folder)!r} names the tokenizer {name!r}. Only what lies beside it is loaded.")
+    return str(name)

@@ -214,6 +214,15 @@ def test_the_tokenizer_travels_with_the_export(tmp_path):
     export_onnx(Stepped(), input_size=16, folder=folder)
     assert not list(folder.glob("tokenizer*"))
     assert load_onnx(folder).tokenizer_name is None
+    file = folder / "iris_hf_onnx.json"
+    description = json.loads(file.read_text())
+    for name, known in (("ViT-B-32", True), ("evil/tok", False), (str(tmp_path), False)):
+        file.write_text(json.dumps({**description, "tokenizer_name": name}))
+        if known:
+            assert load_onnx(folder).tokenizer_name == name
+            continue
+        with pytest.raises(DataError, match=rf"names the tokenizer '{name}'. Only what lies beside it is loaded"):
+            load_onnx(folder)
 
 
 def test_the_command_line_and_jobs_take_an_exported_folder(tmp_path, capsys):

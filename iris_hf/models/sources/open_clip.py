@@ -35,7 +35,9 @@ def create_open_clip_model(
     """Make an open_clip model, an image tower and a text tower, that takes images in [0, 1].
 
     Args:
-        name: An architecture that open_clip knows, such as `ViT-B-32`.
+        name: An architecture that open_clip knows, such as `ViT-B-32`. Some have a tokenizer of the Hub, SigLIP's among
+            them, or a text tower whose configuration is there: open_clip fetches these wherever the model or its
+            tokenizer is made, and `save_pretrained` does not store them.
         pretrained: A tag of weights that open_clip fetches, such as `laion2b_s34b_b79k`, or a local file; None for
             random weights.
         config: Changes to the architecture, as in open_clip's own JSON files:
