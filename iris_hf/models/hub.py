@@ -141,8 +141,14 @@ def _load(folder: Path) -> nn.Module:
             raise DataError(
                 f"{str(folder)!r} holds no model: neither {_RECIPE_FILE} nor the config.json of transformers is there."
             )
-        refuse_code(folder)
-        return load_hf_model(folder)
+        try:
+            return load_hf_model(folder)
+        except IrisHFError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"{str(folder)!r} describes no model that can be made: {type(error).__name__}: {error}"
+            ) from error
     stored = _read_recipe(recipe_file)
     check_weights(folder)
     refuse_code(folder)

@@ -16,10 +16,10 @@ _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # the last 
 _NETWORK = ("requests", "urllib3", "httpx", "httpx2")  # the first two are of huggingface_hub 0.36
 
 
-def fetch(folder_or_repo_id: str | Path, *, revision: str | None, local_files_only: bool) -> Path:
+def fetch(folder_or_repo_id: str | Path, *, revision: str | None, local_files_only: bool, weights: bool = True) -> Path:
     """Give a local folder, or fetch a repository's description, weights and tokenizer into the cache of the Hub.
 
-    Subfolders are left out, as are all files that could hold code or a pickle.
+    Subfolders are left out, as are all files that could hold code or a pickle, and the weights unless asked for.
 
     Raises:
         ConfigError: If the repository lacks the revision.
@@ -43,7 +43,7 @@ def fetch(folder_or_repo_id: str | Path, *, revision: str | None, local_files_on
                 repo_id,
                 revision=revision,
                 allow_patterns=list(_FILES),
-                ignore_patterns=["*/*"],
+                ignore_patterns=["*/*"] if weights else ["*/*", "*.safetensors"],
                 local_files_only=local_files_only,
                 library_name="iris_hf",
             )

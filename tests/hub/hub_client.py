@@ -32,6 +32,37 @@ def pull(repo_id: str, name: str, **options: Any) -> list[Any]:
     return outputs(from_pretrained(repo_id, **options), name)
 
 
+def create(repo_id: str, _: str) -> Any:
+    """Make a classifier of a repository, in the way of a user who wants another head."""
+    from iris_hf.models.sources.transformers import create_hf_model
+
+    return create_hf_model(repo_id, target_type="multiclass", class_names=["a", "b"])
+
+
+def timm_detector() -> dict[str, Any]:
+    """The configuration of a small DETR around a backbone of timm, as published ones are."""
+    small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    small |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 3}
+    arguments = {"out_indices": [1, 2, 3, 4], "in_chans": 3}
+    backbone = {"backbone": "resnet10t", "use_timm_backbone": True, "backbone_kwargs": arguments}
+    return {"model_type": "detr", **small, **backbone, "use_pretrained_backbone": True}
+
+
+def save_timm_detector(folder: str) -> None:
+    """Save such a detector as plain transformers does."""
+    from iris_hf.models.sources.transformers import create_hf_model, hf_network
+
+    model = create_hf_model(timm_detector(), target_type="detection", class_names=["a", "b"], pretrained=False)
+    hf_network(model).save_pretrained(folder)
+
+
+def detector_facts(source: str, **options: Any) -> list[float]:
+    """Load a detector, and give the sums of its weights."""
+    from iris_hf.models.hub import from_pretrained
+
+    return [float(p.detach().double().sum()) for p in from_pretrained(source, **options).parameters()]
+
+
 def push_pairs(repo_id: str, folder: str) -> tuple[dict[str, int], list[Any], list[int]]:
     """Push an image-text model whose texts go through a tokenizer of transformers in a local folder."""
     import shutil

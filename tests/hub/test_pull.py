@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 import struct
 from pathlib import Path
 
@@ -198,3 +199,146 @@ def test_shards_outside_the_folder_are_refused(client, hub):
     hub.plant("models/alice/shards", {**hub.files("models/alice/vit"), "model.safetensors.index.json": index})
     with pytest.raises(DataError, match=r"names the weights '../../other.safetensors', which are outside its folder"):
         client(hub_client.pull, "alice/shards", "hf-vit")
+
+
+DETR = {"model_type": "detr", "architectures": ["DetrForObjectDetection"], "backbone_config": None}
+NO_TIMM = {**DETR, "use_timm_backbone": False, "use_pretrained_backbone": False}
+TIMM_PART = {"model_type": "timm_backbone", "backbone": "hf-hub:evil/timm", "use_pretrained_backbone": True}
+WRAPPER = {"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": {}}
+EVIL_CODE = {**NO_TIMM, "backbone": "evil/code", "backbone_kwargs": {"trust_remote_code": True}}
+EVIL_CONFIGS = {
+    "code-of-a-backbone": (EVIL_CODE, "backbone='evil/code'"),
+    "plain-backbone": ({**NO_TIMM, "backbone": "evil"}, "backbone='evil'"),
+    "backbone-without-timm": ({**DETR, "use_timm_backbone": None, "backbone": "resnet18"}, "backbone='resnet18'"),
+    "nested-timm": ({**NO_TIMM, "backbone_config": TIMM_PART}, "backbone='hf-hub:evil/timm'"),
+    "nested-backbone": ({**NO_TIMM, "backbone_config": EVIL_CODE}, "backbone='evil/code'"),
+    "spaced-scheme": ({**DETR, "backbone": " hf-hub:evil/timm"}, "backbone=' hf-hub:evil/timm'"),
+    "backbone-arguments": (
+        {**DETR, "backbone": "resnet18", "backbone_kwargs": {"checkpoint_path": "evil.txt"}},
+        "backbone_kwargs={'checkpoint_path': 'evil.txt'}",
+    ),
+    "wrapped-timm": ({**WRAPPER, "architecture": "hf-hub:evil/timm"}, "architecture='hf-hub:evil/timm'"),
+    "wrapped-arguments": ({**WRAPPER, "model_args": {"checkpoint_path": "evil.txt"}}, "model_args="),
+    "type-by-name-dpt": ({"architecture": None, "backbone": "resnet18"}, "backbone='resnet18'"),
+    "kernel": ({"_attn_implementation_internal": "evil/kernel"}, "_attn_implementation_internal='evil/kernel'"),
+    "nested-kernel": ({"backbone_config": {"_attn_implementation": "evil/kernel"}}, "'evil/kernel'"),
+    "other-weights": ({"transformers_weights": "../outside.safetensors"}, "transformers_weights='../outside.safe"),
+    "pickled-weights": ({"transformers_weights": "evil.txt"}, "transformers_weights='evil.txt'"),
+    "other-configuration": ({"configuration_files": ["config.4.0.0.json"]}, "configuration_files="),
+    "quantization": ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config="),
+    "detector-of-keypoints": (
+        {"model_type": "lightglue", "trust_remote_code": True, "keypoint_detector_config": {"model_type": "evil"}},
+        "trust_remote_code=True",
+    ),
+}
+
+
+def plant_evil(hub, files, trace):
+    """Plant repositories that leave a trace where their code or their pickle runs."""
+    code = f"open({str(trace)!r}, 'w')".encode()
+    auto = json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}).encode()
+    pickled = pickle.dumps(Bomb(trace))
+    for name in ("code", "timm", "kernel"):
+        hub.plant(f"models/evil/{name}", {"config.json": auto, "evil.py": code, "pytorch_model.bin": pickled})
+    hub.plant("models/evil/base", {**files, "evil.py": code})
+
+
+def asked(hub):
+    """The repositories that were asked for anything."""
+    paths = [path.removeprefix("/api/models/").strip("/") for _, path, _ in hub.requests]
+    return {"/".join(path.split("/")[:2]) for path in paths}
+
+
+def test_a_configuration_loads_nothing_else(client, hub, tmp_path):
+    client(hub_client.push, "hf-vit", "alice/vit")
+    files = hub.files("models/alice/vit")
+    weights, vit = files["model.safetensors"], json.loads(files["config.json"])
+    plant_evil(hub, files, tmp_path / "trace")
+    evil = pickle.dumps(Bomb(tmp_path / "trace"))
+    hub.requests.clear()
+    for name, (config, message) in EVIL_CONFIGS.items():
+        whole = config if {"model_type", "architecture"} & config.keys() else {**vit, **config}
+        planted = {"model.safetensors": weights, "evil.txt": evil, "config.json": json.dumps(whole).encode()}
+        hub.plant(f"models/alice/{name}", planted)
+        for load in (hub_client.pull, hub_client.create)[: 2 if config is EVIL_CODE else 1]:
+            with pytest.raises(DataError, match=rf"config.json' would load .*{re.escape(message)}"):
+                client(load, f"alice/{name}", "hf-vit")
+        assert asked(hub) == {f"alice/{name}"}, name
+        hub.requests.clear()
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_recipe_holds_no_configuration_that_loads(client, hub, tmp_path):
+    files = timm_files(hub, client)
+    plant_evil(hub, files, tmp_path / "trace")
+    hf = {"target_type": "detection", "class_names": ["a"], "pretrained": False}
+    inner = {"factory": "create_hf_model", "arguments": {**hf, "name_or_path": EVIL_CODE}}
+    changed = {**hf, "name_or_path": NO_TIMM, "config": {"backbone": "evil"}}
+    for i, (part, message) in enumerate(
+        [(inner, "backbone='evil/code'"), ({"factory": "create_hf_model", "arguments": changed}, "config={'backbone'")]
+    ):
+        recipe = {"factory": "make_feature_extractor_model", "arguments": {"model": {"$model": part}}}
+        hub.plant(f"models/alice/in{i}", {**files, "iris_hf.json": json.dumps({"format": 1, **recipe}).encode()})
+        hub.requests.clear()
+        with pytest.raises(DataError, match=rf"iris_hf.json' would load {re.escape(message)}"):
+            client(hub_client.pull, f"alice/in{i}", "timm-resnet")
+        assert asked(hub) == {f"alice/in{i}"}
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "model.safetensors.index.json",
+            {"weight_map": {"w": "evil.txt"}},
+            r"weights 'evil.txt', which are no safeten",
+        ),
+        ("model.safetensors.index.json", {"weight_map": []}, r"must hold a weight_map of names and files, got \[\]"),
+        ("model.safetensors.index.json", [], r"must hold a JSON object, got a list"),
+        (
+            "adapter_config.json",
+            {"base_model_name_or_path": "evil/base"},
+            r"adapter, base_model_name_or_path='evil/base'",
+        ),
+        ("tokenizer_config.json", {"vocab_file": "/etc/passwd"}, r"would load vocab_file='/etc/passwd'"),
+        ("tokenizer_config.json", {"init_inputs": ["/etc/passwd"]}, r"would load init_inputs="),
+        ("tokenizer_config.json", {"sp_model_kwargs": {"model_file": "../x"}}, r"would load model_file='../x'"),
+        ("preprocessor_config.json", {"repo_path": "evil/base"}, r"would load repo_path='evil/base'"),
+        ("processor_config.json", {"image_processor": {"repo_path": "evil/base"}}, r"would load repo_path='evil/base'"),
+    ],
+)
+def test_what_lies_beside_a_configuration_loads_nothing_else(name, content, message, client, hub, tmp_path):
+    client(hub_client.push, "hf-vit", "alice/vit")
+    files = hub.files("models/alice/vit")
+    plant_evil(hub, files, tmp_path / "trace")
+    evil = {"evil.txt": pickle.dumps(Bomb(tmp_path / "trace")), name: json.dumps(content).encode()}
+    repo = f"alice/beside{abs(hash((name, message)))}"
+    hub.plant(f"models/{repo}", {**{n: c for n, c in files.items() if n != "iris_hf.json"}, **evil})
+    hub.requests.clear()
+    with pytest.raises(DataError, match=message):
+        client(hub_client.pull, repo, "hf-vit")
+    with pytest.raises(DataError, match=message):
+        client(hub_client.create, repo, "hf-vit")
+    assert asked(hub) == {repo}
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_published_detector_loads_without_the_weights_of_its_backbone(client, hub, tmp_path):
+    client(hub_client.save_timm_detector, str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("backbone_config", None)  # transformers 5 writes one; published ones have the older fields
+    config |= hub_client.timm_detector()
+    config |= {
+        "_attn_implementation_autoset": True,
+        "_attn_implementation": "flash_attention_2",
+        "torch_dtype": "float32",
+    }
+    config["_name_or_path"] = "facebook/detr-resnet-50"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    hub.plant("models/alice/detr", {p.name: p.read_bytes() for p in tmp_path.iterdir()})
+    hub.requests.clear()
+    assert client(hub_client.detector_facts, "alice/detr") == client(hub_client.detector_facts, str(tmp_path))
+    assert asked(hub) == {"alice/detr"}
+    offline = client(hub_client.detector_facts, "alice/detr", local_files_only=True)
+    assert offline == client(hub_client.detector_facts, str(tmp_path))

@@ -326,9 +326,30 @@ def test_code_in_a_folder_of_transformers_is_refused_without_asking(file, auto_c
     content["model_type" if file == "config.json" else "image_processor_type"] = "evil"
     (tmp_path / file).write_text(json.dumps({**content, "auto_map": {auto_class: "evil.Evil"}}))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked the user"))
-    with pytest.raises(DataError, match=r"custom code|trust_remote_code"):
+    with pytest.raises(DataError, match=r"code of its own \(auto_map\), which is not run"):
         create_hf_model(tmp_path, target_type="multiclass", class_names=NAMES)
     assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"id2label": {"1": "a", "2": "b"}}),
+        ("config.json", {"architectures": [3]}),
+        ("config.json", {"dtype": "load", "torch_dtype": "load"}),
+        ("config.json", {"hidden_size": "x"}),
+        ("config.json", {"model_type": ["vit"]}),
+        ("preprocessor_config.json", {"image_mean": 0.5}),
+        ("preprocessor_config.json", {"rescale_factor": 0}),
+        ("preprocessor_config.json", {"image_processor_type": "pipeline"}),
+    ],
+)
+def test_a_strange_folder_of_transformers_is_a_data_error_that_names_it(file, changes, tmp_path):
+    save_pretrained(make("hf-vit"), tmp_path)
+    (tmp_path / "iris_hf.json").unlink()
+    (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | changes))
+    with pytest.raises(DataError, match=str(tmp_path)):
+        from_pretrained(tmp_path)
 
 
 def test_code_of_a_tokenizer_is_refused_without_asking(tmp_path, monkeypatch):

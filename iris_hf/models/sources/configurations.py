@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from iris_hf.errors import ConfigError, DataError, unknown_name
+from iris_hf.errors import ConfigError, DataError, IrisHFError, unknown_name
+from iris_hf.models.pull import fetch
+from iris_hf.models.trust import KERNEL_KEYS, read_json, refuse_code
 
 _OLD_FIELDS = ("backbone", "backbone_kwargs", "use_pretrained_backbone", "use_timm_backbone")  # still understood by 5.x
 
@@ -38,7 +40,7 @@ def describe_config(settings: Any) -> dict[str, Any]:
 def make_config(source: Any, changes: Mapping[str, Any], *, pretrained: bool) -> Any:
     """The configuration that is asked for, as an object of our own."""
     import transformers
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
 
     if not isinstance(changes, Mapping):
         raise ConfigError(f"config must be a mapping such as {{'image_size': 64}}, got {changes!r}.")
@@ -59,17 +61,70 @@ def make_config(source: Any, changes: Mapping[str, Any], *, pretrained: bool) ->
         _check_fields(CONFIG_MAPPING[str(source)], changes)
         return _configured(CONFIG_MAPPING[str(source)], _settle_backbone(changes, str(source)))
     else:
-        try:
-            settings = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            types = "" if pretrained else " It is no model type either."
-            raise DataError(f"There is no configuration of transformers at {str(source)!r}: {error}{types}") from error
+        settings = _read_config(Path(source))
     if changes:
         _check_fields(type(settings), changes)
         settings = _configured(type(settings), {**settings.to_dict(), **changes})
-    if getattr(settings, "use_pretrained_backbone", False):
-        settings.use_pretrained_backbone = False  # the weights come from the model itself, or are to be random
+    for part in _parts_of(settings):
+        if getattr(part, "use_pretrained_backbone", False):
+            part.use_pretrained_backbone = False  # the weights come from the model itself, or are to be random
     return settings
+
+
+def fetch_stored(source: str | Path, *, pretrained: bool) -> Path:
+    """The folder that a source means, fetched if it is a repository; it names nothing but its own files.
+
+    Raises:
+        DataError: If there is none, or something in it would run code or load anything from elsewhere.
+    """
+    types = "" if pretrained else " It is no model type either."
+    try:
+        folder = fetch(source, revision=None, local_files_only=False, weights=pretrained)
+    except IrisHFError as error:
+        raise DataError(f"There is no configuration of transformers at {str(source)!r}: {error}{types}") from error
+    if not (folder / "config.json").is_file():
+        raise DataError(f"There is no configuration of transformers at {str(source)!r}: no config.json.{types}")
+    refuse_code(folder)
+    return folder
+
+
+def _read_config(folder: Path) -> Any:
+    """The configuration in a folder, in which attention is what this transformers chooses unless eager or sdpa."""
+    from transformers import CONFIG_MAPPING
+
+    values = _without_hints(read_json(folder / "config.json"))
+    model_type = values.pop("model_type", "timm_wrapper" if "pretrained_cfg" in values else None)
+    try:
+        if model_type not in CONFIG_MAPPING:
+            raise unknown_name("model_type", model_type, CONFIG_MAPPING)
+        return CONFIG_MAPPING[model_type].from_dict(_as_timm_backbone(values, model_type))
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        raise DataError(f"{str(folder / 'config.json')!r} is no configuration of transformers. {message}") from error
+
+
+def _without_hints(value: Any, *, is_whole: bool = True) -> Any:
+    """JSON values without what only says where they came from, or which kernels a machine had."""
+    if isinstance(value, list):
+        return [_without_hints(item, is_whole=False) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {}
+    for key, item in value.items():
+        is_kernel = key.endswith(KERNEL_KEYS) and item not in ("eager", "sdpa")
+        if not is_kernel and (is_whole or key != "_name_or_path"):  # some types load a part from there
+            kept[key] = _without_hints(item, is_whole=False)
+    return kept
+
+
+def _parts_of(settings: Any) -> Iterator[Any]:
+    """A configuration and those in it."""
+    from transformers import PretrainedConfig
+
+    yield settings
+    for part in vars(settings).values():
+        if isinstance(part, PretrainedConfig):
+            yield from _parts_of(part)
 
 
 def _configured(kind: Any, values: dict[str, Any]) -> Any:
@@ -98,7 +153,25 @@ def _settle_backbone(values: Mapping[str, Any], model_type: str) -> dict[str, An
     settled: dict[str, Any] = {"use_pretrained_backbone": False}
     if "backbone_config" in values:
         settled.update(use_timm_backbone=False, backbone=None)
-    return {k: v for k, v in settled.items() if hasattr(default, k)} | dict(values)
+    return {k: v for k, v in settled.items() if hasattr(default, k)} | _as_timm_backbone(values, model_type)
+
+
+def _as_timm_backbone(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """Name a backbone of timm as transformers 5 does: it would ask the Hub first whether that is a repository."""
+    from transformers import CONFIG_MAPPING
+
+    changed = dict(values)
+    is_named = isinstance(values.get("backbone"), str) and values.get("backbone_config") is None
+    if not is_named or model_type == "timm_backbone" or not values.get("use_timm_backbone", True):
+        return changed
+    default = CONFIG_MAPPING[model_type]()
+    arguments = values.get("backbone_kwargs") or {}
+    fills_in = getattr(getattr(default, "backbone_config", None), "model_type", None) == "timm_backbone"
+    if hasattr(default, "use_timm_backbone") or (fills_in and not arguments):
+        return changed
+    for field in _OLD_FIELDS:
+        changed.pop(field, None)
+    return changed | {"backbone_config": {"model_type": "timm_backbone", "backbone": values["backbone"], **arguments}}
 
 
 def _check_fields(config_type: Any, values: Mapping[str, Any]) -> None:

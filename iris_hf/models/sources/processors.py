@@ -33,7 +33,7 @@ def load_processor(source: str) -> Any:
     slow = {"use_fast": False} if transformers.__version__.startswith("4.") else {}
     try:
         return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **slow)
-    except ValueError as error:
+    except Exception as error:
         raise DataError(f"The image processor of {source!r} cannot be loaded: {error}") from error
 
 

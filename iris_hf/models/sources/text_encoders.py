@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from iris_hf.errors import ConfigError, unknown_name
 from iris_hf.models.recipe import record
-from iris_hf.models.sources.configurations import describe_config, is_stored, make_config, naming_the_config
+from iris_hf.models.sources.configurations import (
+    describe_config,
+    fetch_stored,
+    is_stored,
+    make_config,
+    naming_the_config,
+)
 from iris_hf.models.sources.image_text import longest_text
 from iris_hf.models.sources.packaged import resolve_packaged
 from iris_hf.models.sources.transformers import find_tokenizer
@@ -82,7 +88,7 @@ def _create(
         raise unknown_name("pooling", pooling, get_args(Pooling))
     name = str(source) if is_stored(source, pretrained) else None
     if name is not None:
-        source = resolve_packaged(name)
+        source = fetch_stored(resolve_packaged(name), pretrained=pretrained)
     settings = make_config(source, config or {}, pretrained=pretrained)
     auto_class = AutoModelForTextEncoding if type(settings) in AutoModelForTextEncoding._model_mapping else AutoModel
     if type(settings) not in auto_class._model_mapping:

@@ -16,7 +16,13 @@ from iris_hf.models.detector import ImageDetector
 from iris_hf.models.image_spec import ImageSpec, Normalize, is_whole, make_image_spec
 from iris_hf.models.recipe import record
 from iris_hf.models.segmenter import ImageSegmenter
-from iris_hf.models.sources.configurations import describe_config, is_stored, make_config, naming_the_config
+from iris_hf.models.sources.configurations import (
+    describe_config,
+    fetch_stored,
+    is_stored,
+    make_config,
+    naming_the_config,
+)
 from iris_hf.models.sources.image_text import IMAGE_TEXT_TYPES, from_towers, to_towers
 from iris_hf.models.sources.processors import (
     RESAMPLE,
@@ -183,7 +189,8 @@ def _create(
 
     if target_type is not None and target_type not in _AUTO_CLASSES:
         raise unknown_name("target_type of a transformers model", target_type, _AUTO_CLASSES)
-    settings = make_config(source, config or {}, pretrained=pretrained)
+    folder = fetch_stored(str(source), pretrained=pretrained) if is_stored(source, pretrained) else None
+    settings = make_config(folder or source, config or {}, pretrained=pretrained)
     target_type = target_type or _infer_target_type(settings, source)
     _check_options(target_type, loss=loss, tokenizer=tokenizer)
     class_names = _set_classes(settings, target_type, class_names, pretrained=pretrained)
@@ -197,7 +204,7 @@ def _create(
         what = f"model type for {target_type} ({_AUTO_CLASSES[target_type]})"
         raise unknown_name(what, settings.model_type, supported)
     if pretrained:
-        network, wrong = load_network(auto_class, str(source), settings, exact=exact)
+        network, wrong = load_network(auto_class, str(folder), settings, exact=exact)
         if not exact and target_type == "image_text":  # it gets no new head: all that it needs has to be there
             wrong.pop("unexpected_keys", None)
         elif not exact:
@@ -212,7 +219,7 @@ def _create(
     network.train()
 
     stored = str(source) if is_stored(source, pretrained) else None
-    processor = None if stored is None else load_processor(stored)
+    processor = None if stored is None else load_processor(str(folder))
     if processor is None:
         fields = fields_of_config(settings, target_type)
     else:

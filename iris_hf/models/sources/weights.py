@@ -17,7 +17,7 @@ def load_network(auto_class: Any, source: str, settings: Any, *, exact: bool) ->
 
     Args:
         auto_class: Whose `from_pretrained` loads it.
-        source: A repository or folder.
+        source: A folder.
         settings: Its configuration.
         exact: Whether the weights keep their precision; otherwise they become float32.
 
@@ -27,8 +27,7 @@ def load_network(auto_class: Any, source: str, settings: Any, *, exact: bool) ->
     Raises:
         DataError: If there are no readable safetensors.
     """
-    if Path(source).is_dir():
-        check_weights(Path(source))
+    check_weights(Path(source))
     try:
         network, info = auto_class.from_pretrained(
             source,
