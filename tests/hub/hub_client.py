@@ -56,6 +56,17 @@ def save_timm_detector(folder: str) -> None:
     hf_network(model).save_pretrained(folder)
 
 
+def save_detector_around(backbone: str, folder: str) -> list[float]:
+    """Make a detector around a backbone that the user names, save it, and give the sums of its weights."""
+    from iris_hf.models.hub import save_pretrained
+    from iris_hf.models.sources.transformers import create_hf_model
+
+    config = timm_detector() | {"backbone": backbone, "use_timm_backbone": False, "backbone_kwargs": {}}
+    model = create_hf_model(config, target_type="detection", class_names=["a", "b"], pretrained=False)
+    save_pretrained(model, folder)
+    return [float(p.detach().double().sum()) for p in model.parameters()]
+
+
 def detector_facts(source: str, **options: Any) -> list[float]:
     """Load a detector, and give the sums of its weights."""
     from iris_hf.models.hub import from_pretrained

@@ -342,3 +342,12 @@ def test_a_published_detector_loads_without_the_weights_of_its_backbone(client, 
     assert asked(hub) == {"alice/detr"}
     offline = client(hub_client.detector_facts, "alice/detr", local_files_only=True)
     assert offline == client(hub_client.detector_facts, str(tmp_path))
+
+
+def test_a_backbone_that_the_user_names_is_saved_with_the_model(client, hub, tmp_path):
+    resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
+    hub.plant("models/alice/resnet", {"config.json": json.dumps(resnet).encode()})
+    expected = client(hub_client.save_detector_around, "alice/resnet", str(tmp_path))
+    hub.requests.clear()
+    assert client(hub_client.detector_facts, str(tmp_path)) == expected
+    assert not hub.requests

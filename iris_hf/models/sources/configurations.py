@@ -65,6 +65,7 @@ def make_config(source: Any, changes: Mapping[str, Any], *, pretrained: bool) ->
     if changes:
         _check_fields(type(settings), changes)
         settings = _configured(type(settings), {**settings.to_dict(), **changes})
+    _resolve_backbone(settings)
     for part in _parts_of(settings):
         if getattr(part, "use_pretrained_backbone", False):
             part.use_pretrained_backbone = False  # the weights come from the model itself, or are to be random
@@ -125,6 +126,18 @@ def _parts_of(settings: Any) -> Iterator[Any]:
     for part in vars(settings).values():
         if isinstance(part, PretrainedConfig):
             yield from _parts_of(part)
+
+
+def _resolve_backbone(settings: Any) -> None:
+    """Hold the configuration of a backbone that the caller names, as transformers 5 does: a saved model names none."""
+    from transformers import AutoConfig
+
+    name = getattr(settings, "backbone", None)
+    if isinstance(name, str) and not getattr(settings, "use_timm_backbone", True) and settings.backbone_config is None:
+        with naming_the_config(settings.model_type):
+            arguments = {"trust_remote_code": False, **(getattr(settings, "backbone_kwargs", None) or {})}
+            settings.backbone_config = AutoConfig.from_pretrained(name, **arguments)
+        settings.backbone = settings.backbone_kwargs = None
 
 
 def _configured(kind: Any, values: dict[str, Any]) -> Any:
