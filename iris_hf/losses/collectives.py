@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,10 +80,27 @@ class Rows:
         return cls(tuple(count for count, _ in shapes), dist.get_rank(group) if group else 0, group)
 
     @classmethod
-    def counting(cls, count: int, device: torch.device, group: Group | None) -> Rows:
-        """Learn from all processes how many rows they hold, given this one's number."""
-        counts = tuple(n for (n,) in _exchange((count,), device, group))
-        return cls(counts, dist.get_rank(group) if group else 0, group)
+    def counting(cls, rows: Tensor, group: Group | None, *, what: str) -> Rows:
+        """Learn from all processes how many rows they hold.
+
+        Args:
+            rows: This process's, `[n, ...]`.
+            group: The processes.
+            what: Names the rows where they are not alike.
+
+        Raises:
+            DataError: On every process, if the rows differ in shape or type.
+        """
+        form = f"{list(rows.shape[1:])} of {rows.dtype}"
+        numbers = _exchange((len(rows), zlib.crc32(form.encode())), rows.device, group)
+        if len({mark for _, mark in numbers}) > 1:
+            forms: list[Any] = [None] * len(numbers)
+            dist.all_gather_object(forms, form, group=group)
+            raise DataError(
+                f"The rows of {what} have to be alike on all processes, and are "
+                f"{', '.join(f'{form} on rank {rank}' for rank, form in enumerate(forms))}. Pad them to one size."
+            )
+        return cls(tuple(count for count, _ in numbers), dist.get_rank(group) if group else 0, group)
 
     @property
     def total(self) -> int:

@@ -8,7 +8,7 @@ every sub-batch is computed again, with the same random numbers, and its derivat
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 _ROOM_FOR_FROZEN = 64
 """How many times the bytes of a sub-batch's features the outputs of a frozen part may take to be kept."""
+
+_ROOM_FOR_SCALARS = 8
+"""How many scalars of a rank are compared with the others' one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +325,9 @@ class CachedPass:
         by_example = [column.by_example for column in columns]
         num_active = 1
         if group is not None:
-            active = Rows.counting(len(cache), self.accelerator.device, group).counts
+            named = zip(feature_names(form) if columns else [], leaves, by_example, strict=True)
+            equal = {name: leaf for name, leaf, has_rows in named if not has_rows}
+            active = _count_and_compare(len(cache), equal, self.accelerator.device, group)
             num_active = sum(count > 0 for count in active)
             if num_active < len(active):
                 form, leaves = _borrow_form(form, leaves, by_example, active, self.accelerator.device)
@@ -333,8 +338,8 @@ class CachedPass:
         tensors, of_rows, of_scalars = leaves, 1.0, 1.0
         if group is not None and not self.module.gathers:
             # Every rank computes the whole loss; DDP takes the mean of what the ranks then have.
-            pairs = zip(leaves, by_example, strict=True)
-            tensors = [_gather_around(leaf, group) if has_rows else leaf for leaf, has_rows in pairs]
+            named = zip(feature_names(form), leaves, by_example, strict=True)
+            tensors = [_gather_around(leaf, group, name) if has_rows else leaf for name, leaf, has_rows in named]
             targets = _gather(targets, group)
             of_rows, of_scalars = group.size(), group.size() / num_active
         with torch.enable_grad(), self.accelerator.autocast(), self.plugins.forward_context(), together(True):
@@ -473,10 +478,7 @@ def _column(name: str, tensors: Sequence[Tensor], sizes: Sequence[int]) -> _Colu
         if len(tensors) > 1:
             values = torch.stack([tensor.detach().reshape(()) for tensor in tensors]).float()
             if not torch.allclose(values, values[:1], rtol=1e-5, equal_nan=True):
-                raise ConfigError(
-                    f"Feature {name} is a scalar from {values.min().item():.6g} to {values.max().item():.6g}, and must "
-                    "be the same for every sub-batch. Return a value per example, [N], whose mean the criterion takes."
-                )
+                raise _unequal_scalars(f"Feature {name}", values)
         return _Column(tensors, by_example=False)
     for tensor, size in zip(tensors, sizes, strict=True):
         if tensor.shape[:1] != (size,):
@@ -484,7 +486,41 @@ def _column(name: str, tensors: Sequence[Tensor], sizes: Sequence[int]) -> _Colu
                 f"Feature {name} has the shape {list(tensor.shape)} for a sub-batch of {size} examples, and must have "
                 "a row for each, [N, ...], or be a scalar. Reshape it, or use train."
             )
+    shapes = list(dict.fromkeys(str(list(tensor.shape[1:])) for tensor in tensors))
+    if len(shapes) > 1:
+        raise ConfigError(
+            f"Feature {name} has rows of the shapes {', '.join(shapes)} in the sub-batches of one micro-batch. Pad "
+            "them to one size."
+        )
     return _Column(tensors, by_example=True)
+
+
+def _unequal_scalars(which: str, values: Tensor) -> ConfigError:
+    return ConfigError(
+        f"{which} is a scalar from {values.min().item():.6g} to {values.max().item():.6g}, and must be the same for "
+        "every sub-batch, on every process. Return a value per example, [N], whose mean the criterion takes."
+    )
+
+
+def _count_and_compare(num_parts: int, scalars: Mapping[str, Tensor], device: torch.device, group: Group) -> list[int]:
+    """Return how many sub-batches each rank has, and make sure that scalars are the same on those that have any.
+
+    Raises:
+        ConfigError: On every rank, if one is not.
+    """
+    # One exchange of a fixed size, whatever a rank has. Beyond as many scalars as that has room for, it takes sums.
+    own = torch.full((1, 1 + _ROOM_FOR_SCALARS), torch.nan, dtype=torch.float64, device=device)
+    own[0, 0] = num_parts
+    names = list(scalars)
+    for place in range(min(len(names), _ROOM_FOR_SCALARS)):
+        own[0, 1 + place] = sum(scalars[name].detach().double().reshape(()) for name in names[place::_ROOM_FOR_SCALARS])
+    everyone = Rows((1,) * group.size(), group.rank(), group).gather(own).cpu()
+    for place, values in enumerate(everyone[:, 1:].T):
+        found = values[~values.isnan()]
+        if not torch.allclose(found, found[:1], rtol=1e-5):
+            which = ", ".join(names[place::_ROOM_FOR_SCALARS])
+            raise _unequal_scalars(f"Feature {which}" if which else "A feature", found)
+    return [int(count) for count in everyone[:, 0]]
 
 
 def _borrow_form(
@@ -507,9 +543,9 @@ def _borrow_form(
     return borrowed, [tensor.to(device) for tensor in feature_tensors(borrowed)]
 
 
-def _gather_around(leaf: Tensor, group: Group) -> Tensor:
+def _gather_around(leaf: Tensor, group: Group, name: str) -> Tensor:
     """Put the features of the other ranks around this rank's, which stay differentiable."""
-    rows = Rows.counting(len(leaf), leaf.device, group)
+    rows = Rows.counting(leaf, group, what=f"feature {name}")
     everyone = rows.gather(leaf.detach())
     return torch.cat([everyone[: rows.own.start], leaf, everyone[rows.own.stop :]])
 
@@ -517,7 +553,7 @@ def _gather_around(leaf: Tensor, group: Group) -> Tensor:
 def _gather(targets: Any, group: Group) -> Any:
     """Join the targets of all ranks."""
     if isinstance(targets, Tensor) and targets.dim():
-        return Rows.counting(len(targets), targets.device, group).gather(targets)
+        return Rows.counting(targets, group, what="the targets").gather(targets)
     if isinstance(targets, (list, np.ndarray)):
         everyone: list[Any] = [None] * group.size()
         dist.all_gather_object(everyone, targets, group=group)

@@ -1,6 +1,6 @@
 """Run by torchrun: takes steps with a gradient cache on uneven ranks; rank 0 saves losses, gradients, all-reduces.
 
-And what is said of parameters that have no part in a loss.
+And what is said of parameters that have no part in a loss, and, on every rank, of what differs between ranks.
 """
 
 import os
@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
 from pairs import DictTowers, FunctionTowers, Pairs, TwoTowers, calibrated
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 
 from iris_hf.engine.plugins import PluginList
-from iris_hf.errors import ConfigError
+from iris_hf.errors import ConfigError, DataError
 from iris_hf.models.steps import as_cacheable, as_trainable
 from iris_hf.training.gradient_cache import CacheConfig, CachedPass
 from iris_hf.training.layouts import lay_out_model
@@ -52,6 +53,37 @@ def unused(accelerator: Accelerator, inputs: Any, targets: Any) -> str:
     return ""
 
 
+class Differs(DictTowers):
+    """Features that are not alike on all ranks: a scalar of their examples, or rows of another width."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        features = super().forward(inputs)
+        if self.what == "scale":
+            return {**features, "scale": features["scale"] * features["image"].std()}
+        if self.what == "image":
+            return {**features, "image": nn.functional.pad(features["image"], (0, dist.get_rank()))}
+        return features
+
+
+def refused(what: str, accelerator: Accelerator, inputs: Any, targets: Tensor) -> list[str]:
+    """Take a step with what differs between ranks; return what is said on each."""
+    module = as_cacheable(Differs(what))
+    if what == "targets":
+        targets = targets[:, None].expand(-1, 1 + accelerator.process_index)
+    config = CacheConfig(sub_batch_size=50, num_kept_graphs=0, memory_budget_in_mb=None, check_replay=False)
+    cache = CachedPass(module, accelerator.prepare_model(module), accelerator, PluginList([]), config=config)
+    said = ""
+    try:
+        cache.backward(inputs, targets, divisor=1, synchronise=True)
+    except (ConfigError, DataError) as error:
+        said = str(error)
+    return gather_object([said])
+
+
 def main(out: str, counts: list[int]) -> None:
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
     rank = accelerator.process_index
@@ -79,8 +111,9 @@ def main(out: str, counts: list[int]) -> None:
     gradients = {n: p.grad.clone() for n, p in module.model.named_parameters()}
     results["evaluation", "plain", None] = float(result["loss"]), gradients, 1
     said = unused(accelerator, inputs, targets)
+    differences = {what: refused(what, accelerator, inputs, targets) for what in ("scale", "image", "targets")}
     if accelerator.is_main_process:
-        torch.save((results, said), out)
+        torch.save((results, said, differences), out)
     accelerator.wait_for_everyone()
     os._exit(0)  # tearing down DistributedDataParallel with a hook written in Python can wait for itself
 

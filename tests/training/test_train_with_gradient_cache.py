@@ -157,6 +157,12 @@ class Wrong(TwoTowers):
             iris_hf.ConfigError,
             "forward returned 5, 5, 2 tensors .* torch.stack",
         ),
+        (
+            Wrong(lambda f: (f[0][:, : 2 + len(f[0]) // 2], *f[1:])),
+            {},
+            iris_hf.ConfigError,
+            r"Feature 0 has rows of the shapes \[4\], \[3\] in the sub-batches of one micro-batch. Pad them",
+        ),
         (Wrong(lambda f: list(f[0])), {"sub_batch_size": 4}, iris_hf.ConfigError, r"Feature 0 has the shape \[5\]"),
         (Wrong(lambda f: (f[0][:, 1:], *f[1:])), {}, iris_hf.DataError, r"image_features \[12, 4\]"),
         (
