@@ -42,10 +42,11 @@ def environment(served: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> d
 @pytest.fixture(scope="session")
 def client(environment: dict[str, str]) -> Iterator[Callable[..., Any]]:
     """Runs `client(function, *args, token="hf_alice", **kwargs)` in a process of that environment."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        pool.submit(os.getpid).result()  # starts it
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            pool.submit(os.getpid).result()  # starts it
 
         def call(function: Callable[..., Any], *args: Any, token: str | None = "hf_alice", **kwargs: Any) -> Any:
             return pool.submit(hub_client.call, token, function, args, kwargs).result()
