@@ -17,13 +17,13 @@ from iris_hf.export.examples import image_spec_of
 from iris_hf.export.graph import Graph
 from iris_hf.models.hub import EXPORT_FILE, TOKENIZER_FILES, save_tokenizer
 from iris_hf.models.image_spec import ImageSpec
-from iris_hf.models.trust import HERE
+from iris_hf.models.trust import HERE, read_json
 
 if TYPE_CHECKING:
     from iris_hf.export.onnx import OnnxExport
 
-MODEL_FILE, DESCRIPTION_FILE, LABELS_FILE, FORMAT = "model.onnx", EXPORT_FILE, "labels.json", 1
-_FILES = (MODEL_FILE, DESCRIPTION_FILE, LABELS_FILE, "config.json", "preprocessor_config.json")
+MODEL_FILE, LABELS_FILE, FORMAT = "model.onnx", "labels.json", 1
+_FILES = (MODEL_FILE, EXPORT_FILE, LABELS_FILE, "config.json", "preprocessor_config.json")
 _BOXES = {"boxes", "score_threshold"}
 
 
@@ -70,13 +70,13 @@ def write_folder(export: OnnxExport, graph: Graph, model: nn.Module, folder: Pat
         if save_tokenizer(model, aside):
             description["tokenizer_name"] = HERE
         (aside / MODEL_FILE).write_bytes(export.data)
-        (aside / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        (aside / EXPORT_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         if names is not None:
             (aside / LABELS_FILE).write_text(json.dumps(list(names), indent=2) + "\n", encoding="utf-8")
         _write_config(model, names, aside)
         if spec is not None:
             _save_preprocessor(model, spec, aside)
-        old_tokenizer = TOKENIZER_FILES if (folder / DESCRIPTION_FILE).is_file() else ()
+        old_tokenizer = TOKENIZER_FILES if (folder / EXPORT_FILE).is_file() else ()
         for pattern in (*_FILES, *old_tokenizer):
             for file in folder.glob(pattern):
                 file.unlink()
@@ -96,14 +96,11 @@ def read_description(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: If the folder holds no export of iris_hf, one of another format, or a damaged one.
     """
-    for name in (MODEL_FILE, DESCRIPTION_FILE):
+    for name in (MODEL_FILE, EXPORT_FILE):
         if not (folder / name).is_file():
             raise DataError(f"{str(folder)!r} holds no {name}. Export a model there: export_onnx(model, folder=...).")
-    file = folder / DESCRIPTION_FILE
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{str(file)!r} is no JSON: {error}") from error
+    file = folder / EXPORT_FILE
+    description = read_json(file)
     if not isinstance(description, dict) or not {"inputs", "prediction"} <= description.keys():
         raise DataError(f"{str(file)!r} does not describe an ONNX model: it needs inputs and prediction.")
     if description.get("format") != FORMAT:

@@ -28,7 +28,7 @@ class Graph(nn.Module):
     Attributes:
         model: The copy.
         input_names: Names of the inputs.
-        output_names: Names of the outputs, known after :meth:`run`.
+        output_names: Names of the outputs, known after :meth:`run`. One that an input has gets a number behind it.
         input_layout: How the inputs are nested for the model.
         prediction: How the prediction is made of the outputs, in JSON: `{"layout": ...}`, or
             `{"boxes": output, "score_threshold": p}`.
@@ -77,7 +77,7 @@ class Graph(nn.Module):
         self._seen.clear()
         outputs: Batch = {}
         if forward is not None:
-            outputs, _ = flatten(forward, lambda path, tensor: self._name(path, tensor, "logits"))
+            outputs, _ = flatten(forward, lambda path, tensor: self._name(path, tensor, "logits"), self.input_names)
         known = {id(tensor): name for name, tensor in outputs.items()}
         if self._is_probable is None:  # not anew while it is traced
             self._is_probable = _are_probabilities(prediction, of=forward)
@@ -87,7 +87,7 @@ class Graph(nn.Module):
         def name_prediction(path: tuple[str | int, ...], tensor: Tensor) -> str:
             return known.get(id(tensor)) or self._name(path, tensor, base)
 
-        predicted, layout = flatten(prediction, name_prediction)
+        predicted, layout = flatten(prediction, name_prediction, self.input_names)
         self.prediction = {"layout": layout}
         if not predicted:
             raise ConfigError(f"{type(self.model).__name__} gives no tensor.")

@@ -20,6 +20,7 @@ from iris_hf.export.exporters import Axes, find_exporters, write_onnx
 from iris_hf.export.folder import MODEL_FILE, write_folder
 from iris_hf.export.graph import Graph, make_graph
 from iris_hf.export.precision import convert
+from iris_hf.models.hub import refuse_model
 
 logger = logging.getLogger(__name__)
 
@@ -96,13 +97,14 @@ def export_onnx(
         dynamic_size: Whether the graph takes images of any size; None asks the model's image_spec.
         dynamic_length: Whether the graph takes texts of any number of tokens up to the model's largest. None: if there
             is an attention mask among the inputs, or a text encoder of iris_hf in the model.
-        tolerance: Largest absolute error allowed, as a multiple of the largest absolute value of an output where that
-            exceeds 1. None: 0.05 for fp16, no limit for int8; 1e-4 for fp32, or where torch itself rounds by more (but
-            not by more than 0.01, nor differently in each run), four times torch's distance from float64, with a
-            warning.
+        tolerance: Largest absolute error allowed, as a multiple of the largest absolute value of an output, or of 1 for
+            probabilities and boxes, and at least of 0.001. None: 0.05 for fp16, no limit for int8; 1e-4 for fp32, or
+            where torch itself rounds by more (but not by more than 0.01 of the largest value and 1e-4, nor differently
+            in each run), four times torch's distance from float64, with a warning.
         folder: Also write model.onnx there, with the configuration, the preprocessor and the labels that
             `ORTModelForImageClassification`, `ORTModelForCustomTasks` and `pipeline` load, and what
-            :func:`iris_hf.export.runtime.load_onnx` needs.
+            :func:`iris_hf.export.runtime.load_onnx` needs. It must not hold a saved model, whose configuration and
+            preprocessor have the same names.
 
     Returns:
         The ONNX file.
@@ -152,6 +154,8 @@ def export_onnx_model(
         raise ConfigError(f"tolerance must not be negative, got {tolerance}.")
     if folder is not None and Path(folder).is_file():
         raise ConfigError(f"{str(folder)!r} is a file. Give a folder.")
+    if folder is not None:
+        refuse_model(Path(folder))
     if not isinstance(model, nn.Module):
         raise ConfigError(f"A model must be a torch.nn.Module, got {type(model).__name__}.")
     exporters = find_exporters(exporter)

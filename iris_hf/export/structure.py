@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,14 +19,14 @@ NameLeaf = Callable[[tuple[str | int, ...], Tensor], str]
 """The path of a tensor in a nested value, and the tensor -> its name."""
 
 
-def flatten(value: Any, name_leaf: NameLeaf, path: tuple[str | int, ...] = ()) -> tuple[dict[str, Tensor], Layout]:
+def flatten(value: Any, name_leaf: NameLeaf, taken: Collection[str] = ()) -> tuple[dict[str, Tensor], Layout]:
     """Take a nested value apart.
 
     Args:
         value: Tensors in dicts (outputs of transformers are such), tuples and lists. None is left out of dicts, and
             keeps its place elsewhere.
         name_leaf: Names a tensor; a name that is taken gets a number behind it.
-        path: Where the value is in an outer one.
+        taken: Names that others have.
 
     Returns:
         The tensors by name, and the layout from which :func:`rebuild` makes the value again.
@@ -38,7 +38,7 @@ def flatten(value: Any, name_leaf: NameLeaf, path: tuple[str | int, ...] = ()) -
 
     def visit(value: Any, path: tuple[str | int, ...]) -> Layout:
         if isinstance(value, Tensor):
-            name = _free_name(name_leaf(path, value), tensors)
+            name = _free_name(name_leaf(path, value), {*taken, *tensors})
             tensors[name] = value
             return name
         if isinstance(value, Mapping):
@@ -53,7 +53,7 @@ def flatten(value: Any, name_leaf: NameLeaf, path: tuple[str | int, ...] = ()) -
         where = "".join(f"[{p!r}]" for p in path)
         raise ConfigError(f"An ONNX graph takes and gives tensors only; here is a {type(value).__name__} {where}.")
 
-    layout = visit(value, path)
+    layout = visit(value, ())
     return tensors, layout
 
 
@@ -70,7 +70,7 @@ def rebuild(layout: Layout, tensors: Mapping[str, Any]) -> Any:
     return tuple(nested) if kind == "tuple" else nested
 
 
-def _free_name(name: str, taken: Mapping[str, Any]) -> str:
+def _free_name(name: str, taken: Collection[str]) -> str:
     number = 2
     free = name
     while free in taken:

@@ -30,8 +30,9 @@ TOKENIZER_FILES = (
 )
 """What transformers writes for a tokenizer."""
 
+_OF_A_MODEL = ("model*.safetensors*", "pytorch_model*.bin*", _RECIPE_FILE)
 MODEL_FILES = (
-    *("model*.safetensors*", "pytorch_model*.bin*", _RECIPE_FILE, "config.json", "generation_config.json"),
+    *(*_OF_A_MODEL, "config.json", "generation_config.json"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *TOKENIZER_FILES,
 )
@@ -52,7 +53,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
             transformers.
 
     Raises:
-        ConfigError: If the model, or a part of it, was made otherwise.
+        ConfigError: If the model, or a part of it, was made otherwise, or the folder holds an export to ONNX, whose
+            configuration and preprocessor have the same names.
         DataError: If an argument of its making names what would be loaded from elsewhere, such as `hf_model_name`.
     """
     from safetensors.torch import save_file
@@ -71,6 +73,11 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         )
     stored: dict[str, Any] = {"format": _FORMAT, **to_json(recipe)}
     path = Path(folder)
+    if (path / EXPORT_FILE).is_file():
+        raise ConfigError(
+            f"{str(folder)!r} holds an export to ONNX, and files of the same names would describe both. Save the model "
+            f"in another folder, or export it to {str(path / 'onnx')!r}."
+        )
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".iris_hf-", dir=path) as temporary:
         new = Path(temporary)
@@ -121,6 +128,19 @@ def from_pretrained(
         for part in _parts_with_tokenizer(model):
             part.tokenizer_name = str(folder)  # type: ignore[assignment]
     return model
+
+
+def refuse_model(folder: Path) -> None:
+    """Make sure that a folder for an export to ONNX holds no model.
+
+    Raises:
+        ConfigError: If it does: files of the same names describe both.
+    """
+    if any(True for pattern in _OF_A_MODEL for _ in folder.glob(pattern)):
+        raise ConfigError(
+            f"{str(folder)!r} holds a model, and files of the same names would describe both it and an export to ONNX. "
+            f"Export to another folder, such as {str(folder / 'onnx')!r}."
+        )
 
 
 def is_export(folder: Path) -> bool:

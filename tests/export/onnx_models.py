@@ -62,6 +62,53 @@ class Sampled(Stepped):
         return super().forward(images) * float(images.max() * 10 + images.mean())
 
 
+class Faint(Stepped):
+    """Like that, with outputs of some thousandths."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images) * 1e-5 * float(images.sum())
+
+
+class Cancelling(nn.Module):
+    """Two large numbers that leave a small one, mostly rounding."""
+
+    def __init__(self, num_outputs: int, large: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, num_outputs, bias=False)
+        nn.init.normal_(self.linear.weight, std=1e-4, generator=torch.Generator().manual_seed(0))
+        self.large = large
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear(features + self.large) - self.linear(self.large * torch.ones_like(features))
+
+
+class Unlikely(Stepped):
+    """Its logits are large, and its probabilities about 0.02."""
+
+    target_type = "multilabel"
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images) + 1000
+
+    def prediction_step(self, images: torch.Tensor) -> torch.Tensor:
+        return (self(images) - 1004).sigmoid()
+
+
+class Masking(Stepped):
+    """It calls its outputs as segmenters do: several masks for a pixel, and one probability for each."""
+
+    def prediction_step(self, images: torch.Tensor) -> Any:
+        masks = (images.mean(1, keepdim=True) > torch.tensor([0.2, 0.4])[:, None, None]).float()
+        return {"probabilities": masks.mean((2, 3)), "masks": masks}
+
+
+class Moving(nn.Module):
+    """Boxes to boxes."""
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"boxes": inputs["boxes"] + 1, "given": inputs["boxes"]}
+
+
 class Dropping(Stepped):
     """Its dropout stays on in evaluation mode."""
 

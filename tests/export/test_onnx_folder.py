@@ -20,7 +20,7 @@ from iris_hf.cli import main
 from iris_hf.errors import ConfigError, DataError
 from iris_hf.export.onnx import export_onnx, export_onnx_model
 from iris_hf.export.runtime import OnnxModel, load_onnx
-from iris_hf.models.hub import from_pretrained
+from iris_hf.models.hub import from_pretrained, save_pretrained
 from iris_hf.models.sources.open_clip import create_tokenizer
 from iris_hf.models.sources.text_encoders import create_hf_text_encoder
 from iris_hf.models.transforms import create_image_transform
@@ -192,6 +192,27 @@ def test_the_folder_holds_labels_configuration_and_errors(tmp_path):
     assert json.loads((tmp_path / "iris_hf_onnx.json").read_text())["errors"] == export.errors
     export_onnx(zero_shot(), input_size=32, folder=tmp_path)
     assert not (tmp_path / "labels.json").exists()  # of the model that was there before
+
+
+def test_a_folder_holds_a_model_or_an_export(tmp_path):
+    model = make("hf-vit").eval()
+    save_pretrained(model, tmp_path)
+    files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match=r"holds a model, and files of the same names.*such as '.*/onnx'"):
+        export_onnx(model, folder=tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == files
+    export_onnx(model, folder=tmp_path / "onnx")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "onnx").iterdir()}
+    with pytest.raises(ConfigError, match=r"holds an export to ONNX, and files of the same names"):
+        save_pretrained(model, tmp_path / "onnx")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "onnx").iterdir()} == files
+    images, _ = make_batch("hf-vit")
+    with torch.no_grad():
+        expected = model.prediction_step(images)
+    save_pretrained(model, tmp_path)  # beside the subfolder
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path).prediction_step(images), expected)
+    torch.testing.assert_close(load_onnx(tmp_path / "onnx").prediction_step(images), expected, atol=1e-5, rtol=0)
 
 
 def test_the_tokenizer_travels_with_the_export(tmp_path):
