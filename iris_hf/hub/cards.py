@@ -25,6 +25,7 @@ _SOURCES = {
     "create_open_clip_model": "open_clip",
     "create_timm_model": "timm",
 }
+_OUR_TAGS = {"iris_hf", "onnx", *_SOURCES.values()}
 _MOST_NAMES = 30
 
 
@@ -96,6 +97,7 @@ def dataset_card(
     target_type: str,
     class_names: Sequence[str],
     sizes: Mapping[str, int],
+    num_others: int = 0,
     class_counts: Mapping[str, Sequence[int]],
     columns: Mapping[str, str],
     config_name: str,
@@ -109,7 +111,8 @@ def dataset_card(
         target_type: What its targets mean.
         class_names: Name of each class.
         sizes: Number of examples of each split.
-        class_counts: For each split, in how many examples each class occurs.
+        num_others: Number of examples of other variants in the repository.
+        class_counts: For each split where that is known, in how many examples each class occurs.
         columns: Type of each column.
         config_name: The Hub's name of this variant.
         description: The first paragraph.
@@ -117,12 +120,12 @@ def dataset_card(
     """
     task = _PIPELINES[target_type]
     metadata: dict[str, Any] = {"task_categories": [task], "tags": ["iris_hf"]}
-    metadata["size_categories"] = [_size_category(sum(sizes.values()))]
+    metadata["size_categories"] = [_size_category(sum(sizes.values()) + num_others)]
     if license:
         metadata["license"] = license
     split = next(iter(sizes))
     variant = "" if config_name == "default" else f', "{config_name}"'
-    named = " and ".join(f"{size:,} in {name}" for name, size in sizes.items())
+    named = ", ".join(f"{size:,} in {name}" for name, size in sizes.items())
     parts = [
         f"# {repo_id.rpartition('/')[2]}",
         description or f"A data set for {task.replace('-', ' ')}.",
@@ -133,9 +136,9 @@ def dataset_card(
         "## Columns\n\n" + _table(["column", "type"], columns),
     ]
     if class_names:
-        head = ["class", *(f"examples in {name}" for name in sizes)]
+        head = ["class", *(f"examples in {name}" for name in class_counts)]
         rows = [
-            [f"{i}: {name}", *(str(class_counts[s][i]) for s in sizes)]
+            [f"{i}: {name}", *(str(counts[i]) for counts in class_counts.values())]
             for i, name in enumerate(class_names[:_MOST_NAMES])
         ]
         left = len(class_names) - _MOST_NAMES
@@ -144,11 +147,23 @@ def dataset_card(
     return _render(metadata, "\n\n".join([*parts, _MARK]))
 
 
+def read_split_sizes(card: str | None) -> dict[str, dict[str, int]]:
+    """Give the number of examples of each split of each variant, which `datasets` keeps in a data set's card."""
+    from huggingface_hub import RepoCard
+
+    infos = [] if card is None else _listed(RepoCard(card).data.get("dataset_info"))
+    return {
+        info.get("config_name", "default"): {split["name"]: split["num_examples"] for split in info.get("splits", ())}
+        for info in infos
+    }
+
+
 def merge_cards(old: str | None, new: str) -> str:
     """Lay a new card over the one that the repository has.
 
-    The new metadata count, old ones that they lack stay, tags add up. The text is replaced if we wrote it, or there is
-    none; somebody else's stays.
+    The new metadata count, old ones that they lack stay, tags of others add up. What the old ones say of the model that
+    goes, the model-index and our tags, does not stay. The text is replaced if we wrote it, or there is none; somebody
+    else's stays.
     """
     from huggingface_hub import RepoCard
 
@@ -157,9 +172,15 @@ def merge_cards(old: str | None, new: str) -> str:
     held, ours = RepoCard(old), RepoCard(new)
     before: dict[str, Any] = held.data.to_dict()  # type: ignore[no-untyped-call]
     now: dict[str, Any] = ours.data.to_dict()  # type: ignore[no-untyped-call]
-    tags = list(dict.fromkeys([*now["tags"], *(before.get("tags") or [])]))
+    before.pop("model-index", None)
+    tags = list(dict.fromkeys([*now["tags"], *(tag for tag in _listed(before.get("tags")) if tag not in _OUR_TAGS)]))
     keeps_text = bool(held.text.strip()) and _MARK not in held.text
     return _render({**before, **now, "tags": tags}, held.text if keeps_text else ours.text)
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list of the metadata, which may be a single value or absent."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _render(metadata: Mapping[str, Any], text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from iris_hf.data.hf_dataset import HFDataset, from_hf
 from iris_hf.errors import ConfigError
-from iris_hf.hub.cards import dataset_card, merge_cards
+from iris_hf.hub.cards import dataset_card, merge_cards, read_split_sizes
 from iris_hf.hub.repository import Push, add_tag, commit, explained, prepare_repository, read_card
 from iris_hf.models.pull import patiently
 from iris_hf.types import TargetType
@@ -40,7 +40,8 @@ def push_dataset_to_hub(
         repo_id: `owner/name`, or a name of the token's owner. It is made if absent.
         target_type: What the targets mean; None tells it by the columns.
         private: Whether a new repository is private. An existing public one is then refused.
-        split: The split that a single data set becomes. Other splits of the repository stay.
+        split: The split that a single data set becomes. Other splits of the repository stay; the card
+            counts the classes of those that are pushed.
         config_name: The Hub's name of this variant of the data.
         description: The first paragraph of the card.
         license: The Hub's name of a licence, such as `cc-by-4.0`.
@@ -62,10 +63,10 @@ def push_dataset_to_hub(
     data_dir = "data" if config_name == "default" else config_name
     sizes = {f"{data_dir}/{name}-*.parquet": _num_bytes(part) for name, part in splits.items()}
 
-    def card(name: str) -> str:
-        return _card(name, splits, config_name=config_name, description=description, license=license)
+    def card(name: str, held: Mapping[str, Mapping[str, int]]) -> str:
+        return _card(name, splits, held, config_name=config_name, description=description, license=license)
 
-    text = card(repo_id)
+    text = card(repo_id, {})
     if dry_run:
         return Push(None, {"README.md": len(text.encode()), **sizes})
     with explained(repo_id, kind="dataset", revision=revision):
@@ -74,7 +75,7 @@ def push_dataset_to_hub(
         )
         patiently(lambda: _push_rows(name, splits, config_name=config_name, revision=revision, message=commit_message))
         old_card = patiently(lambda: read_card(name, kind="dataset", revision=revision))
-        text = merge_cards(old_card, card(name))
+        text = merge_cards(old_card, card(name, read_split_sizes(old_card)))
         done = commit(
             name, {"README.md": text.encode()}, kind="dataset", revision=revision, message=f"{commit_message}: card"
         )
@@ -120,7 +121,13 @@ def _push_rows(
 
 
 def _card(
-    repo_id: str, splits: Mapping[str, HFDataset], *, config_name: str, description: str, license: str | None
+    repo_id: str,
+    splits: Mapping[str, HFDataset],
+    held: Mapping[str, Mapping[str, int]],
+    *,
+    config_name: str,
+    description: str,
+    license: str | None,
 ) -> str:
     first = next(iter(splits.values()))
     counts = {}
@@ -131,7 +138,8 @@ def _card(
         repo_id,
         target_type=first.target_type,
         class_names=first.class_names,
-        sizes={name: len(part) for name, part in splits.items()},
+        sizes={**held.get(config_name, {}), **{name: len(part) for name, part in splits.items()}},
+        num_others=sum(sum(sizes.values()) for variant, sizes in held.items() if variant != config_name),
         class_counts=counts,
         columns={name: _described(feature) for name, feature in first.hf_dataset.features.items()},
         config_name=config_name,

@@ -42,14 +42,15 @@ def push_to_hub(
 
     Args:
         model: Any model that `save_pretrained` takes.
-        repo_id: `owner/name`, or a name of the token's owner. It is made if absent; a model that it held is replaced.
+        repo_id: `owner/name`, or a name of the token's owner. It is made if absent. A model that it held is replaced,
+            with the metrics on its card and its folder `onnx`; other files and the text of others stay.
         private: Whether a new repository is private. An existing public one is then refused.
         metrics: Number by name, such as `{"accuracy": 0.93}`; the Hub shows them beside the model.
         datasets: Data sets of the Hub that the model was trained and measured on; the metrics count for the first.
         training_config: Settings of the training, for the card.
         description: The first paragraph of the card.
         license: The Hub's name of a licence, such as `apache-2.0`.
-        onnx_folder: A folder with the same model as ONNX; its files go to `onnx/`.
+        onnx_folder: A folder with the same model as ONNX; its files go to `onnx/`, in place of what was there.
         revision: The branch, made if absent; None is `main`.
         tag: A new tag for the commit, such as `v1.0`.
         commit_message: The message of the commit.
@@ -100,7 +101,7 @@ def push_to_hub(
                 revision=revision,
                 message=commit_message,
                 parent_commit=parent_commit,
-                stale=(*MODEL_FILES, "onnx/*") if exported else MODEL_FILES,
+                stale=(*MODEL_FILES, "onnx/*"),
             )
             if tag is not None:
                 add_tag(full_name, tag, kind="model", commit=done.oid)

@@ -42,6 +42,10 @@ def test_splits_add_up(client, hub):
     client(hub_client.push_two_splits, "alice/splits")
     client(hub_client.push_dataset, "alice/splits", split="validation")
     assert client(hub_client.split_sizes, "alice/splits") == {"train": 5, "test": 2, "validation": 7}
+    text = client(hub_client.dataset_metadata, "alice/splits")[1]
+    assert "Examples: 5 in train, 2 in test, 7 in validation." in text
+    assert "| class | examples in validation |" in text
+    assert 'load_dataset("alice/splits", split="train")' in text
 
 
 def test_private_data_need_a_token(client, hub):

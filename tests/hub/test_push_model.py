@@ -142,6 +142,16 @@ def test_a_second_push_replaces_the_model_and_keeps_the_rest(client, hub):
     assert len(hub.repositories["models/alice/again"].commits) == commits
 
 
+def test_a_second_push_leaves_nothing_that_the_first_told_of_its_model(client, hub, onnx_folder):
+    options = {"metrics": {"accuracy": 0.93}, "onnx_folder": onnx_folder}
+    client(hub_client.push, "timm-resnet", "alice/twice", **options)
+    assert client(hub_client.shown, "alice/twice")["tags"] == ["iris_hf", "timm", "onnx"]
+    client(hub_client.push, "hf-vit", "alice/twice")
+    shown = client(hub_client.shown, "alice/twice")
+    assert (shown["tags"], shown["metrics"]) == (["iris_hf", "transformers"], {})
+    assert not [name for name in hub.files("models/alice/twice") if name.startswith("onnx/")]
+
+
 def test_a_name_without_owner_is_the_tokens(client, hub):
     url, _, _ = client(hub_client.push, "timm-resnet", "ownerless")
     assert f"{hub.endpoint}/alice/ownerless/commit/" in url
