@@ -306,11 +306,10 @@ def test_a_graph_is_wrong_that_differs_in_small_numbers_only():
         export_onnx(Faint(), input_size=16)
 
 
-def test_small_numbers_that_float32_rounds_are_no_error(caplog):
+def test_small_numbers_that_float32_rounds_are_no_error():
     features = torch.rand(2, 64, generator=torch.Generator().manual_seed(1))
-    for num_outputs, large in ((1, 10.0), (1, 100.0), (8, 100.0)):
+    for num_outputs, large in ((1, 10.0), (1, 100.0), (8, 100.0), (1, 1000.0)):
         export_onnx(Cancelling(num_outputs, large), features)
-    assert "Cancelling amplifies the rounding of float32" in caplog.text
 
 
 def test_an_error_of_probabilities_counts_as_it_is():
