@@ -8,21 +8,21 @@ every sub-batch is computed again, with the same random numbers, and its derivat
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from iris_hf.engine.loader import map_nested, to_device
+from iris_hf.engine.loader import to_device
 from iris_hf.engine.plugins import PluginList
 from iris_hf.engine.rng import GeneratorState
 from iris_hf.errors import ConfigError, DataError, require_integer, require_number
-from iris_hf.losses.collectives import Group, Rows, together, world_group
+from iris_hf.losses.collectives import together, world_group
 from iris_hf.models.steps import Cacheable, Gradients, feature_names, feature_tensors, like_features
+from iris_hf.training.columns import borrow_form, count_and_compare, gather_around, gather_targets, make_columns
 from iris_hf.training.passes import propagate, scalars, synchronised
 from iris_hf.training.replay import (
     Calls,
@@ -45,9 +45,6 @@ logger = logging.getLogger(__name__)
 
 _ROOM_FOR_FROZEN = 64
 """How many times the bytes of a sub-batch's features the outputs of a frozen part may take to be kept."""
-
-_ROOM_FOR_SCALARS = 8
-"""How many scalars of a rank are compared with the others' one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +177,7 @@ class CachedPass:
         for part in parts:
             with self.accelerator.autocast(), self.plugins.forward_context():
                 results.append(module(to_device(part, self.accelerator.device)))
-        columns = _columns(list(map(feature_tensors, results)), results[0], list(map(count_examples, parts)))
+        columns = make_columns(list(map(feature_tensors, results)), results[0], list(map(count_examples, parts)))
         tensors = [column.join() for column in columns]
         with self.accelerator.autocast(), together(False):
             loss: Tensor = module.measure(like_features(results[0], tensors), targets)["loss"]
@@ -320,17 +317,17 @@ class CachedPass:
         """Compute the loss of all features, and its derivatives by them and by the parameters that it uses itself."""
         group = world_group()
         form = cache[0].features if cache else None
-        columns = _columns([cached.tensors for cached in cache], form, sizes)
+        columns = make_columns([cached.tensors for cached in cache], form, sizes)
         leaves = [column.join() for column in columns]
         by_example = [column.by_example for column in columns]
         num_active = 1
         if group is not None:
             named = zip(feature_names(form) if columns else [], leaves, by_example, strict=True)
             equal = {name: leaf for name, leaf, has_rows in named if not has_rows}
-            active = _count_and_compare(len(cache), equal, self.accelerator.device, group)
+            active = count_and_compare(len(cache), equal, self.accelerator.device, group)
             num_active = sum(count > 0 for count in active)
             if num_active < len(active):
-                form, leaves = _borrow_form(form, leaves, by_example, active, self.accelerator.device)
+                form, leaves = borrow_form(form, leaves, by_example, active, self.accelerator.device)
                 by_example = by_example or [leaf.dim() > 0 and not len(leaf) for leaf in leaves]
         for leaf in leaves:
             if leaf.is_floating_point():
@@ -339,8 +336,8 @@ class CachedPass:
         if group is not None and not self.module.gathers:
             # Every rank computes the whole loss; DDP takes the mean of what the ranks then have.
             named = zip(feature_names(form), leaves, by_example, strict=True)
-            tensors = [_gather_around(leaf, group, name) if has_rows else leaf for name, leaf, has_rows in named]
-            targets = _gather(targets, group)
+            tensors = [gather_around(leaf, group, name) if has_rows else leaf for name, leaf, has_rows in named]
+            targets = gather_targets(targets, group)
             of_rows, of_scalars = group.size(), group.size() / num_active
         with torch.enable_grad(), self.accelerator.autocast(), self.plugins.forward_context(), together(True):
             result = self.module.measure(like_features(form, tensors), targets)
@@ -430,132 +427,3 @@ class _SplitGradients(NamedTuple):
 
     features: list[list[Tensor | None]]
     parameters: dict[str, Tensor]
-
-
-class _Column(NamedTuple):
-    """One of the tensors that a forward returns, for every sub-batch: rows of examples, or a scalar."""
-
-    tensors: Sequence[Tensor]
-    by_example: bool
-
-    def join(self) -> Tensor:
-        """Join what all sub-batches have, as a leaf; a scalar is the same in all."""
-        tensors = [tensor.detach() for tensor in self.tensors]
-        return torch.cat(tensors) if self.by_example else tensors[0].clone()
-
-    def divide(self, gradient: Tensor | None, factor: float) -> list[Tensor | None]:
-        """Divide a gradient, times a factor, among the sub-batches; that of a scalar goes to the last."""
-        if gradient is None:
-            return [None] * len(self.tensors)
-        gradient = gradient if factor == 1 else gradient * factor
-        if not self.by_example:
-            return [None] * (len(self.tensors) - 1) + [gradient]
-        return list(torch.split(gradient, [len(tensor) for tensor in self.tensors]))
-
-
-def _columns(rows: Sequence[Sequence[Tensor]], form: Any, sizes: Sequence[int]) -> list[_Column]:
-    """Arrange the tensors of sub-batches, whose examples are counted, by their place in what forward returned.
-
-    Raises:
-        ConfigError: If they are neither a row per example nor a scalar that is the same for all sub-batches.
-    """
-    numbers = [len(row) for row in rows]
-    if len(set(numbers)) > 1:
-        raise ConfigError(
-            f"forward returned {', '.join(map(str, numbers))} tensors for sub-batches of {', '.join(map(str, sizes))} "
-            "examples. A gradient cache takes the same features [N, ...] of each: torch.stack a list with an item per "
-            "example, and pad items of different sizes."
-        )
-    if not rows:
-        return []
-    named = zip(feature_names(form), zip(*rows, strict=True), strict=True)
-    return [_column(name, tensors, sizes) for name, tensors in named]
-
-
-def _column(name: str, tensors: Sequence[Tensor], sizes: Sequence[int]) -> _Column:
-    form = tensors[0].shape
-    if len(form) == 0 or (form == (1,) and sizes[0] > 1):
-        if len(tensors) > 1:
-            values = torch.stack([tensor.detach().reshape(()) for tensor in tensors]).float()
-            if not torch.allclose(values, values[:1], rtol=1e-5, equal_nan=True):
-                raise _unequal_scalars(f"Feature {name}", values)
-        return _Column(tensors, by_example=False)
-    for tensor, size in zip(tensors, sizes, strict=True):
-        if tensor.shape[:1] != (size,):
-            raise ConfigError(
-                f"Feature {name} has the shape {list(tensor.shape)} for a sub-batch of {size} examples, and must have "
-                "a row for each, [N, ...], or be a scalar. Reshape it, or use train."
-            )
-    shapes = list(dict.fromkeys(str(list(tensor.shape[1:])) for tensor in tensors))
-    if len(shapes) > 1:
-        raise ConfigError(
-            f"Feature {name} has rows of the shapes {', '.join(shapes)} in the sub-batches of one micro-batch. Pad "
-            "them to one size."
-        )
-    return _Column(tensors, by_example=True)
-
-
-def _unequal_scalars(which: str, values: Tensor) -> ConfigError:
-    return ConfigError(
-        f"{which} is a scalar from {values.min().item():.6g} to {values.max().item():.6g}, and must be the same for "
-        "every sub-batch, on every process. Return a value per example, [N], whose mean the criterion takes."
-    )
-
-
-def _count_and_compare(num_parts: int, scalars: Mapping[str, Tensor], device: torch.device, group: Group) -> list[int]:
-    """Return how many sub-batches each rank has, and make sure that scalars are the same on those that have any.
-
-    Raises:
-        ConfigError: On every rank, if one is not.
-    """
-    # One exchange of a fixed size, whatever a rank has. Beyond as many scalars as that has room for, it takes sums.
-    own = torch.full((1, 1 + _ROOM_FOR_SCALARS), torch.nan, dtype=torch.float64, device=device)
-    own[0, 0] = num_parts
-    names = list(scalars)
-    for place in range(min(len(names), _ROOM_FOR_SCALARS)):
-        own[0, 1 + place] = sum(scalars[name].detach().double().reshape(()) for name in names[place::_ROOM_FOR_SCALARS])
-    everyone = Rows((1,) * group.size(), group.rank(), group).gather(own).cpu()
-    for place, values in enumerate(everyone[:, 1:].T):
-        found = values[~values.isnan()]
-        if not torch.allclose(found, found[:1], rtol=1e-5):
-            which = ", ".join(names[place::_ROOM_FOR_SCALARS])
-            raise _unequal_scalars(f"Feature {which}" if which else "A feature", found)
-    return [int(count) for count in everyone[:, 0]]
-
-
-def _borrow_form(
-    form: Any, leaves: list[Tensor], by_example: Sequence[bool], active: Sequence[int], device: torch.device
-) -> tuple[Any, list[Tensor]]:
-    """Give a rank without examples the features of none: the form, the types and the scalars of a rank that has some.
-
-    Raises:
-        DataError: On every rank, if none has examples.
-    """
-    from accelerate.utils import broadcast_object_list
-
-    source = next((rank for rank, count in enumerate(active) if count), None)
-    if source is None:
-        raise DataError("A micro-batch needs at least one example on one of the processes.")
-    empty = [(leaf[:0] if has_rows else leaf).cpu() for leaf, has_rows in zip(leaves, by_example, strict=True)]
-    borrowed = broadcast_object_list([like_features(form, empty) if leaves else None], from_process=source)[0]
-    if leaves:
-        return form, leaves
-    return borrowed, [tensor.to(device) for tensor in feature_tensors(borrowed)]
-
-
-def _gather_around(leaf: Tensor, group: Group, name: str) -> Tensor:
-    """Put the features of the other ranks around this rank's, which stay differentiable."""
-    rows = Rows.counting(leaf, group, what=f"feature {name}")
-    everyone = rows.gather(leaf.detach())
-    return torch.cat([everyone[: rows.own.start], leaf, everyone[rows.own.stop :]])
-
-
-def _gather(targets: Any, group: Group) -> Any:
-    """Join the targets of all ranks."""
-    if isinstance(targets, Tensor) and targets.dim():
-        return Rows.counting(targets, group, what="the targets").gather(targets)
-    if isinstance(targets, (list, np.ndarray)):
-        everyone: list[Any] = [None] * group.size()
-        dist.all_gather_object(everyone, targets, group=group)
-        return np.concatenate(everyone) if isinstance(targets, np.ndarray) else [t for rank in everyone for t in rank]
-    return map_nested(lambda value: _gather(value, group), targets)

@@ -161,9 +161,10 @@ def train(
         keep_checkpoints: How many of the newest to keep; the one of least validation loss is kept besides.
         resume: `"auto"`: go on from the newest good checkpoint in `checkpoint_dir`, or start afresh without one. The
             folder of a checkpoint: go on from that. The run then ends with the same bytes as one that never
-            stopped, on as many processes; on another number, with as many examples per step and epoch, it takes the
-            same steps up to rounding. A run that was configured otherwise is refused, and so is one that trains other
-            parameters, or in other groups. Patterns, precision and plugins may change; a warning names what did.
+            stopped, on as many processes; on another number, with as many examples per step and epoch (and per
+            micro-batch, where a loss is of all its examples together), it takes the same steps up to rounding. A run
+            that was configured otherwise is refused, and so is one that trains other parameters, or in other groups.
+            Patterns, precision and plugins may change; a warning names what did.
         on_bad_example: What happens when a train example cannot be read, transformed or checked. `raise`: an error
             that names it. `skip`: the next good example takes its place, so that batches keep their size on every
             process; a warning at the end counts and names those skipped. An error of a stream itself is always raised.
