@@ -108,6 +108,12 @@ class Trainable(nn.Module):
             result = {"loss": criterion(outputs, _fit_targets(criterion, outputs, targets))}
         return _checked_result(result, self.model, has_step=self._has_step)
 
+    @property
+    def gathers(self) -> bool:
+        """Whether a loss is of the examples of several processes together (attribute `gathers` of the criterion)."""
+        modules = self.model._modules if self._has_step else {"criterion": _adopted(self, "criterion", self.model)}
+        return bool(getattr(modules.get("criterion"), "gathers", False))
+
 
 class Cacheable(nn.Module):
     """A model in two parts: its features, and their criterion. Made by :func:`as_cacheable`.

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -61,6 +62,9 @@ class CacheConfig:
     check_replay: bool
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).copy().items():
+            if isinstance(value, np.generic):  # as in TrainConfig
+                object.__setattr__(self, name, value.item())
         require_integer("sub_batch_size", self.sub_batch_size, at_least=1)
         require_integer("num_kept_graphs", self.num_kept_graphs, at_least=0)
         if self.memory_budget_in_mb is not None:
@@ -269,6 +273,8 @@ class CachedPass:
         if position is None:
             return
         self._tried = True
+        if any(isinstance(module, nn.SyncBatchNorm) for module in self.module.modules()):
+            return  # processes would have to try as often as each other
         part, cached = parts[position], cache[position]
         replay = self._compute_again(part, cached, cached.calls)
         if self._all_same(replay, cached.tensors) or self._all_same(replay, self._compute_again(part, cached, {})):
@@ -282,8 +288,13 @@ class CachedPass:
     def _compute_again(self, part: Any, cached: _Cached, calls: Calls) -> list[Tensor]:
         assert cached.state is not None
         cached.state.restore()
-        with torch.no_grad(), replayed(calls), fixed_statistics(self.norms), self.plugins.forward_context():
-            return feature_tensors(self.module(to_device(part, self.accelerator.device)))
+        before = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        with torch.no_grad():
+            with replayed(calls), fixed_statistics(self.norms), self.plugins.forward_context():
+                tensors = feature_tensors(self.module(to_device(part, self.accelerator.device)))
+            for buffer, value in before:  # a state that goes on with every forward, as of spectral_norm, has gone on
+                buffer.copy_(value)
+        return tensors
 
     def _all_same(self, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
         """Whether tensors are the same to the bit, if sharded on every process."""

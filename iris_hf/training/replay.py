@@ -83,7 +83,7 @@ def has_hooks(part: nn.Module) -> bool:
     registers = [(torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)]
     registers += [(module._forward_hooks, module._forward_pre_hooks) for module in part.modules()]
     return any(
-        not getattr(hook, "__module__", "").startswith(("torch.distributed.", "iris_hf."))
+        not (getattr(hook, "__module__", None) or "").startswith(("torch.distributed.", "iris_hf."))
         for hooks, pre_hooks in registers
         if hooks or pre_hooks
         for hook in (*hooks.values(), *pre_hooks.values())

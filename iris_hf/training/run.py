@@ -223,7 +223,6 @@ class TrainingRun:
     def facts(self) -> RunFacts:
         """Return what makes this run the same as another."""
         division = {name: value for name, value in self.state.config.items() if name == "sub_batch_size"}
-        criterion = getattr(self.module.model, "criterion", None)
         return RunFacts(
             random_seed=self.seed,
             num_examples=self.batches.num_examples,
@@ -233,7 +232,7 @@ class TrainingRun:
             examples_per_step=self.state.examples_per_step,
             examples_per_epoch=len(self.batches) * self.config.batch_size * self.accelerator.num_processes,
             examples_per_micro_batch=self.config.batch_size * self.accelerator.num_processes,
-            loss_is_joint=bool(division) or getattr(criterion, "gathers", False),
+            loss_is_joint=bool(division) or self.module.gathers,
             num_epochs=self.state.num_epochs,
             steps_per_epoch=self.state.steps_per_epoch,
             optimizer=self.config.optimizer,
@@ -439,7 +438,7 @@ class TrainingRun:
                         for watch in watching:
                             watch(state, part)
             count += len(examples)
-            if not state.stop_reason and self.termination.is_noticed():
+            if self.writer is not None and not state.stop_reason and self.termination.is_noticed():
                 is_left = True
                 break
         losses, counts, left = zip(*gather_object([(loss_sum.item(), count, is_left)]), strict=True)

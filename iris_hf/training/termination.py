@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import signal
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -34,13 +34,11 @@ class TerminationFlag:
             is decided on by :meth:`is_set_anywhere`.
     """
 
-    _numbers = itertools.count()  # every process makes its flags in the same order
-
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.is_set_here = False
         self._group: Any = None
-        self._key = f"iris_hf/termination/{next(self._numbers)}"
+        self._key = ""
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -86,7 +84,14 @@ class TerminationFlag:
     @contextmanager
     def _talking(self) -> Iterator[None]:
         """Have processes talk from host to host: to ask by their devices would wait for these in every step."""
-        if self.accelerator.num_processes == 1 or dist.get_backend() == "gloo":
+        if self.accelerator.num_processes == 1:
+            yield
+            return
+        from accelerate.utils import broadcast_object_list
+
+        # A launcher that starts processes again keeps the store, with what those before have set.
+        self._key = broadcast_object_list([f"iris_hf/termination/{uuid.uuid4()}"])[0]
+        if dist.get_backend() == "gloo":
             yield
             return
         self._group = dist.new_group(backend="gloo")

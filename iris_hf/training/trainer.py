@@ -264,11 +264,15 @@ def _fit_for_caller(
         On the first one: the model without what cannot travel; the names of that, by those of the modules; and the
         attributes of the caller's plugin objects that can.
     """
+    from iris_hf.engine.parcels import can_travel
+
     trained = fit(config, cache, drawn_seed=drawn, **inputs)
     if os.environ["RANK"] != "0":
         return None
-    left_behind = {path: names for path, part in trained.named_modules() if (names := _unportable(part))}
     parts = dict(trained.named_modules())
+    left_behind = {}
+    if not can_travel(trained):
+        left_behind = {path: _unportable(part) for path, part in parts.items() if not _pickles_itself(part)}
     for path, names in left_behind.items():
         for name in names:
             del parts[path].__dict__[name]
@@ -290,6 +294,12 @@ def _unportable(owner: Any) -> list[str]:
             "%s: %s cannot be pickled after the run: as before it.", type(owner).__name__, ", ".join(sorted(names))
         )
     return names
+
+
+def _pickles_itself(part: nn.Module) -> bool:
+    """Whether a module says how it is pickled, as torch's recurrent networks do."""
+    ways = ("__getstate__", "__reduce__", "__reduce_ex__")
+    return any(getattr(type(part), way) is not getattr(nn.Module, way) for way in ways)
 
 
 def _put_back(left_behind: Mapping[str, list[str]], trained: nn.Module, model: nn.Module) -> None:

@@ -119,9 +119,24 @@ def test_workers_give_back_unsaved_buffers_and_draw_from_the_callers_generator(t
 def test_workers_take_functions_and_classes_of_the_caller_and_give_back_what_a_plugin_added(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    class Guarded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.guard = threading.Lock()
+
+        def __getstate__(self) -> dict[str, Any]:
+            state = self.__dict__.copy()
+            del state["guard"]
+            return state
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            super().__setstate__(state)
+            self.guard = threading.Lock()
+
     class Local(Net):
         def __init__(self) -> None:
             super().__init__()
+            self.memory, self.guarded = torch.nn.LSTM(2, 2).requires_grad_(False), Guarded()
             self.scale, self.batches, self.lock = double, 0, None
 
         def training_step(self, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -150,7 +165,8 @@ def test_workers_take_functions_and_classes_of_the_caller_and_give_back_what_a_p
     adapts = Adapts()
     settings = {"num_epochs": 1, "base_lr": 0.1, "random_seed": 0, "plugins": [adapts]}
     written = {cls: dict(vars(cls)) for cls in (Local, Adapts)}
-    model, _ = iris_hf.train(Local(), Tensors(16), double, batch_size=4, num_processes=2, **settings)
+    own = Local()
+    model, _ = iris_hf.train(own, Tensors(16), double, batch_size=4, num_processes=2, **settings)
     for cls, attributes in written.items():
         assert [name for name, value in attributes.items() if vars(cls)[name] is not value] == []
     said = capfd.readouterr().err
@@ -163,7 +179,7 @@ def test_workers_take_functions_and_classes_of_the_caller_and_give_back_what_a_p
     assert model.scale is double
     assert (model.batches, model.lock, hasattr(model.body, "lock")) == (2, None, False)
     assert model(Tensors(2).images).shape == (2, 2)
-    alone, _ = iris_hf.train(Local(), Tensors(16), double, batch_size=8, **settings)
+    alone, _ = iris_hf.train(own, Tensors(16), double, batch_size=8, **settings)
     assert model.state_dict().keys() == alone.state_dict().keys()
     for one, two in zip(alone.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
