@@ -153,7 +153,9 @@ def read_split_sizes(card: str | None) -> dict[str, dict[str, int]]:
 
     infos = [] if card is None else _listed(RepoCard(card).data.get("dataset_info"))
     return {
-        info.get("config_name", "default"): {split["name"]: split["num_examples"] for split in info.get("splits", ())}
+        info.get("config_name", "default"): {
+            split["name"]: split.get("num_examples", 0) for split in info.get("splits") or ()
+        }
         for info in infos
     }
 
@@ -173,7 +175,8 @@ def merge_cards(old: str | None, new: str) -> str:
     before: dict[str, Any] = held.data.to_dict()  # type: ignore[no-untyped-call]
     now: dict[str, Any] = ours.data.to_dict()  # type: ignore[no-untyped-call]
     before.pop("model-index", None)
-    tags = list(dict.fromkeys([*now["tags"], *(tag for tag in _listed(before.get("tags")) if tag not in _OUR_TAGS)]))
+    ours_then = _OUR_TAGS if "library_name" in now else {"iris_hf"}  # a data set's card has but this one
+    tags = list(dict.fromkeys([*now["tags"], *(tag for tag in _listed(before.get("tags")) if tag not in ours_then)]))
     keeps_text = bool(held.text.strip()) and _MARK not in held.text
     return _render({**before, **now, "tags": tags}, held.text if keeps_text else ours.text)
 

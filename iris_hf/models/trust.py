@@ -71,6 +71,8 @@ def refuse_code(folder: Path) -> None:
         if name == "config.json":
             refuse_fetches(content, file)
         elif name == "tokenizer_config.json":
+            if not (folder / "tokenizer.json").is_file():  # transformers ignores it then: often the path of a cache
+                content.pop("tokenizer_file", None)
             _refuse_other_vocabulary(content, file)
         else:
             _refuse_other_processor(content, file)
@@ -101,7 +103,8 @@ def refuse_fetches(values: Mapping[str, Any], file: Path) -> None:
         file: Where it comes from, for the message.
 
     Raises:
-        DataError: If it names a repository, another folder, code or a file of weights that transformers would load.
+        DataError: If it names a repository, another folder, code or a file of weights that transformers would load, or
+            gives keys other names.
     """
     from transformers import CONFIG_MAPPING
 
@@ -119,6 +122,8 @@ def refuse_fetches(values: Mapping[str, Any], file: Path) -> None:
         for key, value in part.items():
             told = (
                 (key == "trust_remote_code" and value)
+                or (key == "attribute_map" and value)  # another name for any other key
+                or (key == "auto_map" and value and not is_whole)  # of a part: transformers would ask whether to run it
                 or (key in ("backbone", "architecture") and isinstance(value, str) and not _PLAIN.fullmatch(value))
                 or (key in ("backbone_kwargs", "model_args") and not _is_harmless(value))
                 or (key.endswith(KERNEL_KEYS) and "/" in json.dumps(value))

@@ -225,6 +225,11 @@ EVIL_CONFIGS = {
     "other-weights": ({"transformers_weights": "../outside.safetensors"}, "transformers_weights='../outside.safe"),
     "pickled-weights": ({"transformers_weights": "evil.txt"}, "transformers_weights='evil.txt'"),
     "other-configuration": ({"configuration_files": ["config.4.0.0.json"]}, "configuration_files="),
+    "other-names": ({"attribute_map": {"x": "backbone"}, "x": "evil/code"}, "attribute_map={'x': 'backbone'}"),
+    "code-of-a-part": (
+        {"backbone_config": {"model_type": "bert", "auto_map": {"AutoBackbone": "evil/code--evil.Net"}}},
+        "auto_map={'AutoBackbone': 'evil/code--evil.Net'}",
+    ),
     "quantization": ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config="),
     "detector-of-keypoints": (
         {"model_type": "lightglue", "trust_remote_code": True, "keypoint_detector_config": {"model_type": "evil"}},

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import importlib.util
+import json
 import pickle
 
 import numpy as np
@@ -486,6 +487,23 @@ def test_transformers_tokenizer_gives_dicts_of_one_length(tmp_path):
     assert tokenizer(["a", "a dog dog dog dog dog"])["input_ids"].shape == (2, 5)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config.json", {"init_inputs": ["/etc/passwd"]}, "would load init_inputs="),
+        (
+            "config.json",
+            {"model_type": "lightglue", "trust_remote_code": True, "keypoint_detector_config": {"model_type": "evil"}},
+            "would load trust_remote_code=True",
+        ),
+    ],
+)
+def test_a_tokenizer_loads_nothing_from_elsewhere(file, content, message, tmp_path):
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        create_tokenizer(tmp_path)
+
+
 def test_wrong_open_clip_requests_are_refused():
     with pytest.raises(ConfigError, match=r"Unknown open_clip model 'ViT-B32'. Did you mean .*'ViT-B-32'"):
         create_open_clip_model("ViT-B32")
@@ -497,7 +515,7 @@ def test_wrong_open_clip_requests_are_refused():
         create_open_clip_model("ViT-B-32", config={"vision_cfg": {"layer_count": 1}})
     with pytest.raises(ConfigError, match="Flatten has no tokenizer"):
         create_tokenizer(nn.Flatten())
-    with pytest.raises(ConfigError, match=r"'nobody/nothing' is no architecture of open_clip, and transformers"):
+    with pytest.raises(ConfigError, match=r"'nobody/nothing' is no architecture of open_clip, and no tokenizer"):
         create_tokenizer("nobody/nothing")
 
 

@@ -94,7 +94,10 @@ def check_weights(folder: Path) -> None:
     if not files:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
         found = f" {', '.join(pickles)} is a pickle, which may run code and is not read." if pickles else ""
-        raise DataError(f"{str(folder)!r} holds no weights (*.safetensors).{found} Save the model as safetensors.")
+        raise DataError(
+            f"{str(folder)!r} holds no weights (*.safetensors).{found} Save the model as safetensors. A repository "
+            "with pickles alone may have a pull request with safetensors: from_pretrained(..., revision='refs/pr/1')."
+        )
     for file in files:
         try:
             with safe_open(file, framework="pt"):
