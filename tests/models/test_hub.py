@@ -357,6 +357,6 @@ def test_code_of_a_tokenizer_is_refused_without_asking(tmp_path, monkeypatch):
     content = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked the user"))
-    with pytest.raises(DataError, match="code of its own .auto_map., which is not run"):
+    with pytest.raises(DataError, match=r"code of its own .auto_map., which is not run"):
         create_tokenizer(str(tmp_path))
     assert not (tmp_path / "trace").exists()
