@@ -124,8 +124,8 @@ def train(
         val_dataset: Gone through at intervals; each example counts once in the validation loss. May be a stream.
         val_transform: As `train_transform`, for validation.
         collate_function: list of `(input, target)` -> `(inputs_batch, targets_batch)`; the contract's rules when None.
-        num_epochs: Positive. In each, every example is used once, but for those that fill no micro-batch; of a stream,
-            those of `steps_per_epoch` steps.
+        num_epochs: Positive. In each, every example is used once, but for those that fill no micro-batch; with
+            `steps_per_epoch`, those of as many steps. A set smaller than a step is filled up with repetitions.
         batch_size: Examples per process and micro-batch.
         base_lr: Learning rate that the scheduler's curve multiplies, at least 0.
         device: `"cpu"` or `"cuda"`; what is there when None.
