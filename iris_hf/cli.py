@@ -60,11 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _list_tasks(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="iris-hf tasks", description="List the tasks.")
+def _wants_markdown(command: str, description: str, arguments: Sequence[str]) -> bool:
+    parser = argparse.ArgumentParser(prog=f"iris-hf {command}", description=description)
     parser.add_argument("--markdown", action="store_true", help="print the documentation table")
-    options = parser.parse_args(arguments)
-    if options.markdown:
+    return bool(parser.parse_args(arguments).markdown)
+
+
+def _list_tasks(arguments: Sequence[str]) -> int:
+    if _wants_markdown("tasks", "List the tasks.", arguments):
         from iris_hf.tables import tasks_in_markdown
 
         print(tasks_in_markdown(), end="")
@@ -78,12 +81,10 @@ def _list_tasks(arguments: Sequence[str]) -> int:
 
 
 def _list_plugins(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="iris-hf plugins", description="List the plugins and their arguments.")
-    parser.add_argument("--markdown", action="store_true", help="print the documentation table")
-    options = parser.parse_args(arguments)
+    as_markdown = _wants_markdown("plugins", "List the plugins and their arguments.", arguments)
     from iris_hf.tables import plugins, plugins_in_markdown
 
-    if options.markdown:
+    if as_markdown:
         print(plugins_in_markdown(), end="")
         return 0
     for call, text, meanings in plugins():

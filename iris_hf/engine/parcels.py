@@ -50,7 +50,7 @@ def can_travel(value: Any) -> bool:
     try:
         with open(os.devnull, "wb") as nowhere:
             _Trial(nowhere).dump(value)
-    except Exception:
+    except Exception:  # a class may raise anything of its own when it is pickled
         return False
     return True
 

@@ -170,7 +170,7 @@ def _missing_revision(doing: str, repo_id: str, revision: str, kind: str) -> Iri
 
     try:
         refs = HfApi().list_repo_refs(repo_id, repo_type=kind)
-    except Exception:
+    except Exception:  # the error at hand is that of the revision; this only looks for better words
         return DataError(f"{doing} {repo_id!r} has no revision {revision!r}. Give a branch, a tag or a commit.")
     return unknown_name(f"revision of {repo_id!r}", revision, [ref.name for ref in (*refs.branches, *refs.tags)])
 

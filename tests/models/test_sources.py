@@ -504,6 +504,13 @@ def test_a_tokenizer_loads_nothing_from_elsewhere(file, content, message, tmp_pa
         create_tokenizer(tmp_path)
 
 
+def test_the_path_of_a_cache_in_an_old_tokenizer_is_no_matter(tmp_path):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\ndog\n")
+    content = {"tokenizer_class": "BertTokenizer", "tokenizer_file": "/root/.cache/none/tokenizer.json"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    assert create_tokenizer(tmp_path)(["a dog"])["input_ids"].tolist() == [[2, 5, 6, 3]]
+
+
 def test_wrong_open_clip_requests_are_refused():
     with pytest.raises(ConfigError, match=r"Unknown open_clip model 'ViT-B32'. Did you mean .*'ViT-B-32'"):
         create_open_clip_model("ViT-B32")

@@ -1,11 +1,14 @@
 """The task: the same steps as plain training, whatever the sub-batches, processes, precision and plugins."""
 
 import inspect
+import json
 import logging
 import re
 import weakref
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pairs import DictTowers, Pairs, TwoTowers
@@ -245,3 +248,37 @@ def test_a_step_leaves_nothing_of_its_batch_in_memory(settings: dict[str, Any]) 
     run(TwoTowers(), Pairs(24), sub_batch_size=3, num_epochs=2, plugins=[Watch()], **settings)
     assert alive
     assert all(batch is None for step in alive for batch in step)
+
+
+class Wandering(Net):
+    """A frozen body, and a head whose buffers go on with every forward."""
+
+    def __init__(self, looks_twice: bool) -> None:
+        super().__init__()
+        self.body.requires_grad_(False)
+        self.head = nn.utils.parametrizations.spectral_norm(self.head)
+        if looks_twice:  # what hangs on a hook is computed again, without a trial
+            self.body.register_forward_hook(lambda *_: None)
+
+
+def test_finding_out_what_can_be_replayed_leaves_no_trace() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = Wandering(looks_twice=False)
+    watched = Wandering(looks_twice=True)
+    watched.load_state_dict(plain.state_dict())
+    settings = {"num_epochs": 1, "batch_size": 8, "sub_batch_size": 3, "base_lr": 0.1, "random_seed": 0}
+    states = [
+        iris_hf.train_with_gradient_cache(model, Tensors(16), None, num_dataloader_workers=0, **settings).model
+        for model in (plain, watched)
+    ]
+    for name, value in states[0].state_dict().items():
+        assert torch.equal(value, states[1].state_dict()[name]), name
+
+
+def test_numbers_of_numpy_go_into_checkpoints(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    settings = {"num_epochs": 1, "batch_size": 8, "sub_batch_size": np.int64(4), "num_dataloader_workers": 0}
+    iris_hf.train_with_gradient_cache(Net(), Tensors(16), None, checkpoint_dir=folder, random_seed=0, **settings)
+    (written,) = folder.glob("step-*/checkpoint.json")
+    assert json.loads(written.read_text())["facts"]["settings"]["sub_batch_size"] == 4
