@@ -166,15 +166,12 @@ def _require_rounding(
         raise ConfigError(message) from error
     truth = next(truth for run, truth in truths if run is case)
     (in_torch, scale), (in_onnx, _) = (distance(graph, name, truth, outputs) for outputs in (case.outputs, got))
-    meaningful = max(CHAOS * scale, CANCELLATION)
-    if not in_torch <= meaningful:
+    if not in_torch <= max(CHAOS * scale, CANCELLATION):
         raise ConfigError(
             f"{message} Nor does float64 tell which is right: torch itself is {in_torch:.3g} off, so that the output "
             "means little in float32. Pass a tolerance to export it nevertheless."
         )
-    # Of all cases, since few numbers may happen to be rounded by less than others of their kind.
-    in_all = (distance(graph, name, truth, run.outputs)[0] for run, truth in truths)
-    in_torch = max([torch.finfo(torch.float32).eps, *(d for d in in_all if d <= meaningful)])
+    in_torch = _rounding_of_torch(graph, truths, name, scale)
     if not in_onnx <= ROUNDING * in_torch:
         raise ConfigError(f"{message} In float64 it is not rounding: torch is {in_torch:.3g} off, ONNX {in_onnx:.3g}.")
     logger.warning(
@@ -185,6 +182,19 @@ def _require_rounding(
         in_onnx,
         case,
     )
+
+
+def _rounding_of_torch(graph: Graph, truths: list[tuple[Case, Case]], name: str, scale: float) -> float:
+    """How far torch is from float64, at an output's scale.
+
+    Of all cases, since few numbers may happen to be rounded by less than others of their kind; but no larger a part of
+    the scale than in any of them, since those with larger outputs are rounded by more.
+    """
+    errors = [distance(graph, name, truth, run.outputs) for run, truth in truths]
+    meaningful = [(error, own) for error, own in errors if error <= max(CHAOS * own, CANCELLATION)]
+    largest = max(error for error, _ in meaningful)
+    part = max(error / own for error, own in meaningful)
+    return max(torch.finfo(torch.float32).eps, min(largest, part * scale))
 
 
 def distance(graph: Graph, name: str, case: Case, got: Batch) -> tuple[float, float]:

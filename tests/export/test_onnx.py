@@ -1,4 +1,4 @@
-"""Every export is what the model is, or an error."""
+"""Every family exports, and the graph takes and gives what the model does."""
 
 import importlib.util
 import io
@@ -8,40 +8,30 @@ import pytest
 import torch
 from models.families import FAMILIES, IMAGE_TEXT, TOWERS, make
 from onnx_models import (
-    HAS_ONNXSCRIPT,
-    HAS_OPTIMUM,
     HAS_RUNTIME,
     KINDS_OF_TIMM,
     Baked,
-    Cancelling,
     CountingTower,
-    Dropping,
-    Faint,
     Headless,
     Listing,
     MaskedTower,
-    Masking,
     Moving,
     Naming,
-    Noisy,
     Pair,
-    Sampled,
     Scaled,
     Squeezed,
     Stepped,
-    TokensFirst,
     TokenTower,
-    Unlikely,
     enliven,
     far_from_exact,
     features,
     zero_shot,
 )
+from onnx_sessions import open_session, run
 from torch import nn
 
 from iris_hf.errors import ConfigError, DataError, MissingDependencyError
 from iris_hf.export.cases import Free, make_cases
-from iris_hf.export.check import compare
 from iris_hf.export.examples import make_inputs, split_inputs
 from iris_hf.export.exporters import find_exporters
 from iris_hf.export.graph import make_graph
@@ -52,19 +42,6 @@ from iris_hf.models.contrastive import split_image_text_model
 from iris_hf.models.feature_extractor import make_feature_extractor_model
 
 pytestmark = pytest.mark.skipif(not HAS_RUNTIME, reason="the packages of the extra onnx are not installed")
-
-
-def open_session(data: bytes):
-    import onnxruntime
-
-    return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-
-
-def run(data: bytes, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Run ONNX Runtime as any user of the file would."""
-    session = open_session(data)
-    values = session.run(None, {k: v.numpy() for k, v in inputs.items()})
-    return {o.name: torch.as_tensor(v) for o, v in zip(session.get_outputs(), values, strict=True)}
 
 
 DEEP = ("hf-rt_detr", "hf-rt_detr_v2", "hf-mobilenet_v2", "hf-mobilevit-segmentation", "hf-mobilevitv2")
@@ -280,47 +257,6 @@ def test_zero_shot_classifiers_export():
     torch.testing.assert_close(run(export_onnx(layer), features=features)["predictions"], layer(features).detach())
 
 
-def test_a_baked_batch_size_is_an_error(tmp_path):
-    folder = tmp_path / "model"
-    with pytest.raises(ConfigError, match=r"Baked") as caught:
-        export_onnx(Baked(), input_size=16, folder=folder)
-    assert "int(x.shape[0])" in str(caught.value)
-    assert "(1, 3, 16, 16)" in str(caught.value)
-    assert not folder.exists()
-
-
-def test_a_graph_that_differs_is_an_error_that_names_output_and_error(tmp_path):
-    folder = tmp_path / "model"
-    with pytest.raises(ConfigError, match=r"output 'logits' by"):
-        export_onnx(Sampled(), input_size=16, folder=folder)
-    assert not folder.exists()
-    with pytest.raises(
-        ConfigError, match=r"output 'logits' by [0-9.e-]+ for the inputs pixel_values \([125], 3, 16, 16"
-    ):
-        export_onnx(Stepped(), input_size=16, tolerance=0.0, folder=folder)
-    assert not folder.exists()
-
-
-def test_a_graph_is_wrong_that_differs_in_small_numbers_only():
-    with pytest.raises(ConfigError, match=r"output 'logits' by .*In float64 it is not rounding"):
-        export_onnx(Faint(), input_size=16)
-
-
-def test_small_numbers_that_float32_rounds_are_no_error():
-    features = torch.rand(2, 64, generator=torch.Generator().manual_seed(1))
-    for num_outputs, large in ((1, 10.0), (1, 100.0), (8, 100.0), (1, 1000.0)):
-        export_onnx(Cancelling(num_outputs, large), features)
-
-
-def test_an_error_of_probabilities_counts_as_it_is():
-    export = export_onnx_model(Unlikely(), input_size=16, tolerance=1e-6)
-    assert export.errors["probabilities"] < 1e-6  # more than that of 0.02
-
-
-def test_outputs_that_are_called_as_those_of_a_segmenter_are_compared_as_numbers():
-    assert export_onnx_model(Masking(), input_size=16).errors["masks"] == 0
-
-
 def test_an_output_may_be_called_like_an_input(tmp_path):
     boxes = {"boxes": torch.rand(2, 4)}
     assert export_onnx_model(Moving(), boxes, folder=tmp_path).output_names == ("boxes_2", "given")
@@ -380,71 +316,6 @@ def test_missing_packages_name_the_extra(monkeypatch):
         export_onnx(Stepped(), input_size=16)
 
 
-@pytest.mark.skipif(not HAS_ONNXSCRIPT, reason="torch's newer exporter needs onnxscript")
-def test_torchs_newer_exporter_stands_the_same_check():
-    for model in (Stepped(), make("timm-vit")):
-        export = export_onnx_model(model, input_size=32, exporter="dynamo")
-        assert export.exporter == "dynamo"
-        assert export.max_error <= 1e-5
-    with pytest.raises(ConfigError, match="Baked cannot be exported by dynamo"):
-        export_onnx(Baked(), input_size=16, exporter="dynamo")
-
-
-@pytest.mark.skipif(not HAS_ONNXSCRIPT, reason="torch's newer exporter needs onnxscript")
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_graphs_of_the_newer_exporter_become_smaller(precision):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 256), nn.ReLU(), nn.Linear(256, 10))
-    export = export_onnx_model(model, input_size=16, exporter="dynamo", precision=precision)
-    assert len(export.data) < 0.55 * sum(p.nbytes for p in model.parameters())
-
-
-@pytest.mark.skipif(HAS_OPTIMUM, reason="Optimum is there")
-def test_optimum_is_asked_for_by_name_where_it_cannot_be_imported():
-    with pytest.raises(MissingDependencyError, match=r"needs transformers 4 and optimum-onnx: pip install"):
-        export_onnx(Stepped(), input_size=16, exporter="optimum")
-
-
-def test_half_precision_is_smaller_and_close():
-    model = make("timm-resnet").eval()
-    half = export_onnx_model(model, input_size=32, precision="fp16")
-    assert len(half.data) < 0.55 * sum(p.nbytes for p in model.parameters())
-    assert 1e-6 < half.max_error < 1e-2
-    outputs = run(half.data, pixel_values=torch.rand(2, 3, 32, 32))
-    assert {t.dtype for t in outputs.values()} == {torch.float32}
-
-
-def test_half_precision_does_not_crash_the_runtime():
-    # Without a detour through float32, this ends the process: github.com/microsoft/onnxruntime/issues/28392
-    for name in ("fp16", "int8"):
-        assert export_onnx_model(TokensFirst(), input_size=16, precision=name).max_error < 1e-2
-
-
-def test_integers_are_smaller_and_their_error_is_reported():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 256), nn.ReLU(), nn.Linear(256, 10))
-    full, small = (export_onnx_model(model, input_size=16, precision=p) for p in ("fp32", "int8"))
-    assert len(small.data) < 0.3 * len(full.data)
-    images = torch.rand(2, 3, 16, 16)
-    error = (run(small.data, pixel_values=images)["predictions"] - model(images).detach()).abs().max()
-    assert 1e-5 < error < 3 * small.max_error < 0.3
-    with pytest.raises(ConfigError, match=r"The int8 graph differs from the model: output 'predictions' by"):
-        export_onnx(model, input_size=16, precision="int8", tolerance=1e-6)
-    with pytest.raises(ConfigError, match=r"the model has neither. Use 'fp16'"):
-        export_onnx(nn.Conv2d(3, 2, 3), input_size=16, precision="int8")
-
-
-def test_integers_multiply_what_is_computed():
-    import onnx
-
-    class Products(nn.Module):
-        def forward(self, images):
-            rows = images.flatten(2)
-            return rows @ rows.transpose(1, 2)
-
-    data = export_onnx_model(Products(), input_size=16, precision="int8").data
-    assert "MatMulInteger" in {node.op_type for node in onnx.load_from_string(data).graph.node}
-
-
 def test_no_path_of_this_machine_is_in_the_file():
     data = export_onnx(Stepped(), input_size=16)
     assert str(Path(__file__).parents[2]).encode() not in data
@@ -464,44 +335,6 @@ def test_a_size_may_be_fixed():
     assert session.get_inputs()[0].shape[1:] == [3, 32, 48]
 
 
-def test_half_precision_models_export_in_float32():
-    model = make("timm-resnet").to(torch.bfloat16)
-    export = export_onnx_model(model, input_size=32)
-    assert export.max_error <= 1e-5
-    assert next(model.parameters()).dtype == torch.bfloat16
-
-
-class Amplifier(nn.Module):
-    """Turns the last bits of a product into the first: sine of an angle of thousands of turns."""
-
-    def __init__(self, turns: float = 1e3) -> None:
-        super().__init__()
-        self.angles = nn.Linear(64, 16)
-        nn.init.normal_(self.angles.weight, std=turns, generator=torch.Generator().manual_seed(0))
-        nn.init.zeros_(self.angles.bias)
-
-    def prediction_step(self, features: torch.Tensor) -> torch.Tensor:
-        return self.angles(features).sin()
-
-
-def test_a_network_that_amplifies_rounding_exports_with_a_warning(caplog):
-    model, features = Amplifier(), torch.rand(2, 64, generator=torch.Generator().manual_seed(1))
-    export = export_onnx_model(model, features)
-    assert export.max_error > 2e-4  # twice what any other network is allowed
-    assert "Amplifier amplifies the rounding of float32: output 'predictions' of torch is" in caplog.text
-    with pytest.raises(ConfigError, match=r"differs from the model: output 'predictions' by .*; allowed is [0-9.e-]+"):
-        export_onnx_model(model, features, tolerance=1e-4)
-    with pytest.raises(ConfigError, match=r"Nor does float64 tell which is right: torch itself is 0\.\d+ off"):
-        export_onnx_model(Amplifier(turns=1e5), features)
-
-
-@pytest.mark.parametrize("model", [Dropping(), Noisy()])
-def test_a_network_that_draws_random_numbers_is_no_graph(model, tmp_path):
-    with pytest.raises(ConfigError, match=rf"Two runs of {type(model).__name__} on the same inputs differ.*random"):
-        export_onnx(model, input_size=16, folder=tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-
-
 def test_only_probabilities_are_called_so():
     export = export_onnx_model(Scaled(), input_size=16)
     assert (export.output_names, export.agreement) == (("logits", "predictions"), None)
@@ -513,22 +346,3 @@ def test_none_keeps_its_place_among_tensors(tmp_path):
     logits, none = load_onnx(tmp_path).prediction_step(images)
     assert none is None
     torch.testing.assert_close(logits, Headless().eval()(images).detach(), atol=1e-6, rtol=0)
-
-
-def test_a_wrong_graph_is_told_from_rounding(tmp_path):
-    model, features = Amplifier(), torch.rand(2, 64, generator=torch.Generator().manual_seed(1))
-    export_onnx(model, features, folder=tmp_path)
-    with torch.no_grad():
-        model.angles.bias += 0.1
-    batch, layout = split_inputs(features)
-    graph = make_graph(model, batch, layout)
-    cases = make_cases(graph, batch, Free(images=False, texts=False))
-    with pytest.raises(ConfigError, match=r"it is not rounding: torch is .* off, ONNX 0\.(099|1)"):
-        compare(
-            graph,
-            tmp_path / "model.onnx",
-            cases,
-            precision="fp32",
-            tolerance=1e-4,
-            make_exact=lambda: make_graph(model, batch, layout).double(),
-        )
