@@ -7,14 +7,16 @@ Streams, which are read forward, come in by the same door: :mod:`iris_hf.engine.
 
 from __future__ import annotations
 
+import copy
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from iris_hf.data.collate import collate
@@ -64,8 +66,8 @@ class Reported:
     place: Any = None
 
     def pin_memory(self) -> Reported:
-        """Return the same in page-locked memory; DataLoader calls this."""
-        return replace(self, batch=_pinned(self.batch))
+        """Return the same in page-locked memory."""
+        return replace(self, batch=pinned(self.batch))
 
 
 class Source(ABC):
@@ -262,18 +264,44 @@ class _Made(list[tuple[Any, Any]]):
         self.place: Any = None
 
 
+@dataclass(frozen=True)
+class _Sealed:
+    """A batch that DataLoader cannot look into: older versions of torch make lists of the tuples that they pin.
+
+    See https://github.com/pytorch/pytorch/issues/48419.
+    """
+
+    batch: Any
+
+    def pin_memory(self) -> _Sealed:
+        """Return the same in page-locked memory; DataLoader calls this."""
+        return _Sealed(pinned(self.batch))
+
+
+class _PinningLoader(DataLoader[Any]):
+    """A DataLoader of sealed batches, which it opens."""
+
+    def __iter__(self) -> Any:
+        return (sealed.batch for sealed in super().__iter__())
+
+
 class Collator:
     """Collates a batch; lets a failure through and turns an error of the collate function into one.
 
     A function of the caller's finds the global generators seeded by the keys of the batch.
     """
 
-    def __init__(self, collate_function: CollateFunction | None, seed: int) -> None:
+    def __init__(self, collate_function: CollateFunction | None, seed: int, *, seals: bool = False) -> None:
         self.collate_function = collate_function or collate
         self.seed = seed
+        self.seals = seals
 
-    def __call__(self, examples: list[tuple[Any, Any]] | Failure) -> tuple[Any, Any] | Reported | Failure:
+    def __call__(self, examples: list[tuple[Any, Any]] | Failure) -> tuple[Any, Any] | Reported | Failure | _Sealed:
         """Return the batch."""
+        batch = self._collated(examples)
+        return _Sealed(batch) if self.seals else batch
+
+    def _collated(self, examples: list[tuple[Any, Any]] | Failure) -> tuple[Any, Any] | Reported | Failure:
         if isinstance(examples, Failure):
             return examples
         if examples and self.collate_function is not collate:
@@ -427,11 +455,12 @@ def make_loader(
     num_workers = min(num_workers, available_cores())
     if isinstance(batches, Sized):
         num_workers = min(num_workers, len(batches))
-    return DataLoader(
+    kind = _PinningLoader if pin_memory else DataLoader
+    return kind(
         examples,
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=Collator(collate_function, examples.seed),
+        collate_fn=Collator(collate_function, examples.seed, seals=pin_memory),
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         generator=torch.Generator().manual_seed(0),
@@ -463,20 +492,34 @@ def closing_workers(loader: DataLoader[Any] | None) -> Iterator[None]:
 
 
 def to_device(data: Any, device: torch.device) -> Any:
-    """Move every tensor in nested lists, tuples and dicts; other values stay as they are."""
-    if isinstance(data, torch.Tensor):
-        return data.to(device, non_blocking=True)
+    """Move every tensor in nested lists, tuples and mappings; other values stay as they are.
+
+    A copy from page-locked memory to a device does not wait for it. One to host memory does: who reads that would
+    otherwise find what was there before.
+    """
+    if isinstance(data, (torch.Tensor, PackedSequence)):
+        return data.to(device, non_blocking=device.type != "cpu")  # type: ignore[arg-type]  # PackedSequence's stub
     return map_nested(lambda item: to_device(item, device), data)
 
 
-def _pinned(data: Any) -> Any:
-    return data.pin_memory() if isinstance(data, torch.Tensor) else map_nested(_pinned, data)
+def pinned(data: Any) -> Any:
+    """Put every tensor in nested lists, tuples and mappings into page-locked memory, and what knows how to go there."""
+    if isinstance(data, torch.Tensor):
+        return data.pin_memory() if data.device.type == "cpu" and data.layout is torch.strided else data
+    return data.pin_memory() if hasattr(data, "pin_memory") else map_nested(pinned, data)
 
 
 def map_nested(function: Callable[[Any], Any], data: Any) -> Any:
-    """Apply a function to the items of a list, tuple or dict, keeping its kind; other values stay."""
+    """Apply a function to the items of a list, tuple or mapping, keeping its kind; other values stay.
+
+    Of a subclass of dict it makes a dict. Other mappings, such as a tokenizer's BatchEncoding, are copied.
+    """
     if isinstance(data, dict):
         return {key: function(value) for key, value in data.items()}
+    if isinstance(data, MutableMapping):
+        changed = copy.copy(data)
+        changed.update({key: function(value) for key, value in data.items()})
+        return changed
     if isinstance(data, tuple) and hasattr(data, "_fields"):
         return type(data)(*map(function, data))
     if isinstance(data, (list, tuple)):
