@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -89,25 +90,47 @@ def _unequal_scalars(which: str, values: Tensor) -> ConfigError:
     )
 
 
-def count_and_compare(num_parts: int, scalars: Mapping[str, Tensor], device: torch.device, group: Group) -> list[int]:
-    """Return how many sub-batches each rank has, and make sure that scalars are the same on those that have any.
+def count_and_compare(
+    num_parts: int, names: Sequence[str], scalars: Mapping[str, Tensor], device: torch.device, group: Group
+) -> list[int]:
+    """Return how many sub-batches each rank has, and make sure that those that have any have the same features.
+
+    Args:
+        num_parts: This rank's.
+        names: Of all features.
+        scalars: Those that have to have the same value on every rank.
+        device: Where to compare.
+        group: The ranks.
 
     Raises:
-        ConfigError: On every rank, if one is not.
+        ConfigError: On every rank, if names or scalars differ.
     """
     # One exchange of a fixed size, whatever a rank has. Beyond as many scalars as that has room for, it takes sums.
-    own = torch.full((1, 1 + _ROOM_FOR_SCALARS), torch.nan, dtype=torch.float64, device=device)
+    own = torch.full((1, 2 + _ROOM_FOR_SCALARS), torch.nan, dtype=torch.float64, device=device)
     own[0, 0] = num_parts
-    names = list(scalars)
-    for place in range(min(len(names), _ROOM_FOR_SCALARS)):
-        own[0, 1 + place] = sum(scalars[name].detach().double().reshape(()) for name in names[place::_ROOM_FOR_SCALARS])
+    said = ", ".join(names)
+    if said:
+        own[0, 1] = zlib.crc32(said.encode())
+    of_scalars = list(scalars)
+    for place in range(min(len(of_scalars), _ROOM_FOR_SCALARS)):
+        values = [scalars[name].detach().double().reshape(()) for name in of_scalars[place::_ROOM_FOR_SCALARS]]
+        own[0, 2 + place] = sum(values)
     everyone = Rows((1,) * group.size(), group.rank(), group).gather(own).cpu()
-    for place, values in enumerate(everyone[:, 1:].T):
-        found = values[~values.isnan()]
+    if len(set(_known(everyone[:, 1]).tolist())) > 1:
+        said_by_all: list[Any] = [None] * group.size()
+        dist.all_gather_object(said_by_all, said, group=group)
+        listed = "; ".join(f"{said} on rank {rank}" for rank, said in enumerate(said_by_all) if said)
+        raise ConfigError(f"forward has to return the same features on every process, and returns {listed}.")
+    for place, values_of_all in enumerate(everyone[:, 2:].T):
+        found = _known(values_of_all)
         if not torch.allclose(found, found[:1], rtol=1e-5):
-            which = ", ".join(names[place::_ROOM_FOR_SCALARS])
+            which = ", ".join(of_scalars[place::_ROOM_FOR_SCALARS])
             raise _unequal_scalars(f"Feature {which}" if which else "A feature", found)
-    return [int(count) for count in everyone[:, 0]]
+    return [int(count) for count in everyone[:, 0].tolist()]
+
+
+def _known(values: Tensor) -> Tensor:
+    return values[~values.isnan()]
 
 
 def borrow_form(

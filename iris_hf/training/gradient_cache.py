@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from iris_hf.engine.loader import to_device
+from iris_hf.engine.loader import pinned, to_device
 from iris_hf.engine.plugins import PluginList
 from iris_hf.engine.rng import GeneratorState
 from iris_hf.errors import ConfigError, DataError, require_integer, require_number
@@ -85,7 +85,8 @@ class CachedPass:
             computed again; None until a sub-batch has told what the budget allows.
         frozen: The parts that are computed once, since they and their inputs depend on nothing trainable, and nothing
             but their output is used. A sub-batch tells which, the first of the run and whenever parameters have been
-            frozen or freed, and the next that is not the last of its batch tries it out.
+            frozen or freed, and the next that is not the last of its batch tries it out. Where one is left out the
+            batch that follows tells again: a part may make tensors of its own in its first forward.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class CachedPass:
         self._trainable: list[bool] | None = None
         self._measured = False
         self._tried = False
+        self._looks_again = False
         if self.norms and accelerator.is_main_process:
             logger.warning(
                 "%d BatchNorm layers normalise each sub-batch of %d by its own statistics: gradients are those of "
@@ -134,6 +136,8 @@ class CachedPass:
             DataError: If the inputs of a batch differ in length, or the loss is NaN or infinite where no scaler of
                 half precision skips the step.
         """
+        if self.accelerator.device.type == "cuda":  # a copy of what a plugin has made would wait for the device
+            inputs = pinned(inputs)
         parts = split(inputs, self.config.sub_batch_size, num_examples=count_targets(targets))
         self._look_again(len(parts))
         # Under DDP the last sub-batch goes forward and backward with nothing in between: it is never a kept one.
@@ -197,11 +201,14 @@ class CachedPass:
     def _look_again(self, num_parts: int) -> None:
         """Forget what a sub-batch has taught where parameters have been frozen or freed, or hooks added, since."""
         trainable = [parameter.requires_grad for parameter in self._parameters]
-        if trainable != self._trainable:
+        has_changed = trainable != self._trainable
+        if has_changed:
             self._trainable = trainable
-            self._measured = self._tried = False
-            self.frozen = [] if self.compiled else frozen_parts(self.module)
             self.num_kept_graphs = self.config.num_kept_graphs if self.config.memory_budget_in_mb is None else None
+        if has_changed or self._looks_again:
+            self._measured = self._tried = False
+            self._looks_again = has_changed
+            self.frozen = [] if self.compiled else frozen_parts(self.module)
         hooked = [has_hooks(part) for part in self.frozen]
         if self.sharded:
             hooked = self._agree_on_division(num_parts, hooked)
@@ -247,6 +254,7 @@ class CachedPass:
         if self.sharded:  # the processes gather a part's weights together
             can_be = self._all_agree(can_be)
         self.frozen = [module for module, can in zip(calls, can_be, strict=True) if can]
+        self._looks_again &= not all(can_be)
         if self.sharded:
             return
         if self.compiled:
@@ -273,7 +281,7 @@ class CachedPass:
         if position is None:
             return
         self._tried = True
-        if any(isinstance(module, nn.SyncBatchNorm) for module in self.module.modules()):
+        if any(isinstance(module, nn.SyncBatchNorm) and module.training for module in self.module.modules()):
             return  # processes would have to try as often as each other
         part, cached = parts[position], cache[position]
         replay = self._compute_again(part, cached, cached.calls)
@@ -333,9 +341,10 @@ class CachedPass:
         by_example = [column.by_example for column in columns]
         num_active = 1
         if group is not None:
-            named = zip(feature_names(form) if columns else [], leaves, by_example, strict=True)
+            names = feature_names(form) if columns else []
+            named = zip(names, leaves, by_example, strict=True)
             equal = {name: leaf for name, leaf, has_rows in named if not has_rows}
-            active = count_and_compare(len(cache), equal, self.accelerator.device, group)
+            active = count_and_compare(len(cache), names, equal, self.accelerator.device, group)
             num_active = sum(count > 0 for count in active)
             if num_active < len(active):
                 form, leaves = borrow_form(form, leaves, by_example, active, self.accelerator.device)

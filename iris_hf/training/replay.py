@@ -75,15 +75,18 @@ def can_be_replayed(outputs: Sequence[Call], *, room: int) -> bool:
     return bool(outputs) and num_bytes <= room
 
 
+_HARMLESS = ("torch.distributed.", "torch.utils.module_tracker", "iris_hf.")
+
+
 def has_hooks(part: nn.Module) -> bool:
     """Whether something hangs on a forward of a part or of a module in it: it may keep what it sees, or change it.
 
-    The hooks by which FSDP2 gathers weights, and by which a feature extractor stops, do neither.
+    The hooks of FSDP2 that gather weights, of a feature extractor that stops, and of FlopCounterMode do neither.
     """
     registers = [(torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)]
     registers += [(module._forward_hooks, module._forward_pre_hooks) for module in part.modules()]
     return any(
-        not (getattr(hook, "__module__", None) or "").startswith(("torch.distributed.", "iris_hf."))
+        not (getattr(hook, "__module__", None) or "").startswith(_HARMLESS)
         for hooks, pre_hooks in registers
         if hooks or pre_hooks
         for hook in (*hooks.values(), *pre_hooks.values())

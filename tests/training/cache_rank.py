@@ -37,6 +37,8 @@ MODELS = {
 DIVISIONS = ((1, 0), (3, 0), (3, 2), (13, 0), (50, 4))
 """Sub-batch sizes, and numbers of kept graphs."""
 
+DIFFERENCES = ("scale", "image", "number", "targets")
+
 
 def unused(accelerator: Accelerator, inputs: Any, targets: Any) -> str:
     """Take steps of a model with a layer that has no part in its loss; return what is said."""
@@ -54,7 +56,7 @@ def unused(accelerator: Accelerator, inputs: Any, targets: Any) -> str:
 
 
 class Differs(DictTowers):
-    """Features that are not alike on all ranks: a scalar of their examples, or rows of another width."""
+    """Features that are not alike on all ranks: a scalar of their examples, rows of another width, one more."""
 
     def __init__(self, what: str) -> None:
         super().__init__()
@@ -66,6 +68,8 @@ class Differs(DictTowers):
             return {**features, "scale": features["scale"] * features["image"].std()}
         if self.what == "image":
             return {**features, "image": nn.functional.pad(features["image"], (0, dist.get_rank()))}
+        if self.what == "number":
+            return {**features, **{f"more {k}": features["image"] for k in range(dist.get_rank())}}
         return features
 
 
@@ -111,7 +115,7 @@ def main(out: str, counts: list[int]) -> None:
     gradients = {n: p.grad.clone() for n, p in module.model.named_parameters()}
     results["evaluation", "plain", None] = float(result["loss"]), gradients, 1
     said = unused(accelerator, inputs, targets)
-    differences = {what: refused(what, accelerator, inputs, targets) for what in ("scale", "image", "targets")}
+    differences = {what: refused(what, accelerator, inputs, targets) for what in DIFFERENCES}
     if accelerator.is_main_process:
         torch.save((results, said, differences), out)
     accelerator.wait_for_everyone()

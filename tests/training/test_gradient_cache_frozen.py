@@ -211,3 +211,36 @@ def test_activations_of_frozen_layers_inside_a_tower_are_not_kept() -> None:
     inputs, targets = Pairs().batch()
     cache.backward(inputs, targets, divisor=1, synchronise=True)
     assert cache.frozen == []
+
+
+def test_a_part_that_makes_a_tensor_in_its_first_forward_is_computed_once_from_the_second_batch_on() -> None:
+    calls: list[int] = []
+
+    class Lazy(nn.Linear):
+        positions: Tensor | None = None
+
+        def forward(self, features: Tensor) -> Tensor:
+            calls.append(1)
+            if self.positions is None:
+                self.positions = torch.arange(8)
+            return super().forward(features) + self.positions
+
+    inputs, targets = Pairs().batch()
+    model = TwoTowers()
+    model.image_model = nn.Sequential(Lazy(6, 8), nn.Tanh()).double().requires_grad_(False)
+    wanted = full_batch_gradients(model, inputs, targets)
+    cache = make_pass(model, 4)
+    for step in range(3):
+        model.zero_grad()
+        calls.clear()
+        result = cache.backward(inputs, targets, divisor=1, synchronise=True)
+        got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert_equal((result["loss"], got), wanted, **EXACT)
+        assert len(calls) == (8, 4, 4)[step]  # of 4 sub-batches
+    assert cache.frozen == [model.image_model]
+
+
+def test_replay_is_tried_beside_synchronised_batch_norm_in_evaluation_mode() -> None:
+    model, (inputs, targets) = frozen_model("output kept elsewhere"), Pairs().batch()
+    model.image_model.append(nn.SyncBatchNorm(8).double().requires_grad_(False).eval())
+    assert_equal(cached_gradients(model, inputs, targets, 4), full_batch_gradients(model, inputs, targets), **EXACT)

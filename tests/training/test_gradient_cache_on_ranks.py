@@ -54,8 +54,11 @@ def test_what_differs_between_ranks_is_said_on_each(on_ranks: Any, request: pyte
                 "The rows of feature 'image' have to be alike on all processes, and are [5] of torch"
             )
             assert said.endswith("Pad them to one size.")
+        for said in differences["number"]:
+            assert said.startswith("forward has to return the same features on every process, and returns 'image', ")
+            assert re.search("'text', 'scale' on rank 0; .* 'scale', 'more 0'(, 'more 1')? on rank [12]", said)
     else:
-        assert differences["scale"] == differences["image"] == [""] * len(counts)
+        assert all(differences[what] == [""] * len(counts) for what in ("scale", "image", "number"))
     for said in differences["targets"]:
         assert "The rows of the targets have to be alike" in said
         assert "[1] of torch.int64 on rank 0, [2] of torch.int64 on rank 1" in said
