@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from iris_hf.errors import ConfigError
+from iris_hf.export.choices import FirstOfEquals
 from iris_hf.export.examples import (
     BATCH_SIZES,
     Batch,
@@ -23,7 +25,6 @@ from iris_hf.export.examples import (
 )
 from iris_hf.export.exporters import Axes
 from iris_hf.export.graph import Graph
-from iris_hf.export.operators import FirstOfEquals
 from iris_hf.models.detector import ImageDetector
 from iris_hf.models.segmenter import ImageSegmenter
 from iris_hf.models.text_encoder import TextEncoder
@@ -54,11 +55,13 @@ class Case:
         inputs: Named tensors.
         outputs: What the graph gives in torch.
         prediction: What the model's prediction step gives.
+        choose: Makes the context that settles what is chosen among equal scores.
     """
 
     inputs: Batch
     outputs: Batch
     prediction: Any
+    choose: Callable[[], TorchFunctionMode] = FirstOfEquals
 
     def __str__(self) -> str:
         return f"for the inputs {_shapes(self.inputs)}"
@@ -131,19 +134,26 @@ def make_cases(graph: Graph, batch: Batch, free: Free) -> list[Case]:
     return cases
 
 
-def run_case(graph: Graph, inputs: Batch) -> Case:
+def run_case(graph: Graph, inputs: Batch, choose: Callable[[], TorchFunctionMode] = FirstOfEquals) -> Case:
     """Run the model on one batch.
+
+    Args:
+        graph: The model.
+        inputs: The batch.
+        choose: Makes the context that settles what is chosen among equal scores, anew for each run of the network.
 
     Raises:
         ConfigError: If it does not run on it.
     """
-    with torch.no_grad(), FirstOfEquals():
+    with torch.no_grad():
         try:
-            outputs = graph.run(inputs)
+            with choose():
+                outputs = graph.run(inputs)
             model = graph.model
-            if isinstance(model, ImageSegmenter):
-                outputs["masks"] = graph.predict(inputs)
-            prediction = _all_boxes(model, graph, inputs) if isinstance(model, ImageDetector) else None
+            with choose():
+                if isinstance(model, ImageSegmenter):
+                    outputs["masks"] = graph.predict(inputs)
+                prediction = _all_boxes(model, graph, inputs) if isinstance(model, ImageDetector) else None
         except ConfigError:
             raise
         except Exception as error:
@@ -152,7 +162,7 @@ def run_case(graph: Graph, inputs: Batch) -> Case:
                 "Pass example_inputs, a batch of what it takes, or input_size; dynamic_size=False or "
                 "dynamic_length=False if only one size will do."
             ) from error
-    return Case({name: tensor.clone() for name, tensor in inputs.items()}, outputs, prediction)
+    return Case({name: tensor.clone() for name, tensor in inputs.items()}, outputs, prediction, choose)
 
 
 def run_exactly(exact: Graph, case: Case) -> Case:
@@ -169,7 +179,7 @@ def run_exactly(exact: Graph, case: Case) -> Case:
         ConfigError: If the network does not run in float64, since it makes tensors of float32 itself.
     """
     inputs = {name: t.double() if t.is_floating_point() else t for name, t in case.inputs.items()}
-    return dataclasses.replace(run_case(exact, inputs), inputs=case.inputs)
+    return dataclasses.replace(run_case(exact, inputs, case.choose), inputs=case.inputs)
 
 
 def find_axes(cases: Sequence[Case], free: Free) -> Axes:

@@ -32,16 +32,6 @@ class ExportableOperators(TorchFunctionMode):
         return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
 
 
-class FirstOfEquals(TorchFunctionMode):
-    """A context in which `topk` prefers the first of equal values, as ONNX does; torch promises nothing."""
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Replace a call of `topk`."""
-        return (_stable_topk if func in (torch.topk, Tensor.topk) else func)(*args, **(kwargs or {}))
-
-
 @contextmanager
 def exportable_padding() -> Iterator[None]:
     """Let MobileNets of transformers pad by what the size of the images asks for, in place of Python numbers."""
@@ -65,11 +55,6 @@ def _pad_same(images: Tensor, convolution: nn.Conv2d) -> Tensor:
         total = total.clamp(min=0) if isinstance(total, Tensor) else torch.sym_max(total, 0)  # type: ignore[no-untyped-call]
         padding += [total // 2 * dilation, (total - total // 2) * dilation]
     return F.pad(images, padding)
-
-
-def _stable_topk(values: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-    ordered = values.sort(dim=dim, descending=largest, stable=True)
-    return torch.return_types.topk((ordered.values.narrow(dim, 0, k), ordered.indices.narrow(dim, 0, k)))
 
 
 def _replace_tensor(make: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -29,14 +29,15 @@ from onnx_models import (
 )
 from onnx_sessions import open_session, run
 from torch import nn
+from trained import draw_digits, train_on_digits
 
 from iris_hf.errors import ConfigError, DataError, MissingDependencyError
 from iris_hf.export.cases import Free, make_cases
+from iris_hf.export.choices import FirstOfEquals
 from iris_hf.export.examples import make_inputs, split_inputs
 from iris_hf.export.exporters import find_exporters
 from iris_hf.export.graph import make_graph
 from iris_hf.export.onnx import export_onnx, export_onnx_model
-from iris_hf.export.operators import FirstOfEquals
 from iris_hf.export.runtime import load_onnx
 from iris_hf.models.contrastive import split_image_text_model
 from iris_hf.models.feature_extractor import make_feature_extractor_model
@@ -89,6 +90,19 @@ def test_deep_networks_round_no_worse_than_in_torch(name, tmp_path):
     in_torch, in_onnx = far_from_exact(graph, exact, cases, tmp_path / "model.onnx")
     assert 1e-6 < in_torch < 5e-5  # what a program that computes in float32 is off
     assert in_onnx < 2 * in_torch
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_networks_that_were_trained_are_as_close_as_others(name):
+    size = FAMILIES[name].size
+    model = train_on_digits(name)
+    export = export_onnx_model(model, input_size=size)
+    assert export.max_error <= 1e-5
+    assert export.dynamic_size
+    images = torch.stack([image for image, _ in draw_digits(FAMILIES[name].target_type, size)[:2]])
+    with torch.no_grad():
+        logits = model.network(images).logits
+    assert (logits[0] - logits[1]).abs().max() > 1e-2  # they tell images apart
 
 
 @pytest.mark.parametrize("name", KINDS_OF_TIMM)

@@ -1,5 +1,7 @@
 """No graph is handed out that is not what the model is; what float32 rounds is no difference."""
 
+import functools
+
 import pytest
 import torch
 from onnx_models import (
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.skipif(not HAS_RUNTIME, reason="the packages of the ext
 
 
 class Amplifier(nn.Module):
-    """Turns the last bits of a product into the first: sine of an angle of thousands of turns, times an input."""
+    """Turns the compared bits of a product into the first: sine of an angle of thousands of turns, times an input."""
 
     def __init__(self, turns: float = 1e3) -> None:
         super().__init__()
@@ -38,6 +40,37 @@ class Amplifier(nn.Module):
 
     def prediction_step(self, features: torch.Tensor) -> torch.Tensor:
         return self.angles(features).sin() * features[:, :1] + self.shift
+
+
+class TwoStages(nn.Module):
+    """Chooses the best 3 of 8 rows by scores that are equal but for a tilt, and gives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tilt = 0.0
+
+    def prediction_step(self, rows: torch.Tensor) -> torch.Tensor:
+        scores = 2 - rows[..., 0].round() + torch.arange(rows.shape[1]) * self.tilt
+        chosen = scores.topk(3, dim=1).indices
+        return rows.gather(1, chosen[..., None].expand(-1, -1, rows.shape[2]))
+
+
+def test_another_choice_among_equal_scores_is_no_difference(tmp_path):
+    model, rows = TwoStages(), torch.rand(2, 8, 4, generator=torch.Generator().manual_seed(1)) * 0.4
+    export_onnx(model, rows, folder=tmp_path)
+    compared = {}
+    for tilt in (1e-6, 1e-2):
+        model.tilt = tilt  # torch then prefers the last rows, the graph still the first
+        batch, layout = split_inputs(rows)
+        graph = make_graph(model, batch, layout)
+        cases = make_cases(graph, batch, Free(images=False, texts=False))
+        compared[tilt] = functools.partial(
+            compare, graph, tmp_path / "model.onnx", cases, precision="fp32", tolerance=1e-4
+        )
+        assert torch.equal(model.prediction_step(rows)[:, 0], rows[:, -1])
+    assert compared[1e-6]().errors == {"predictions": 0}
+    with pytest.raises(ConfigError, match=r"output 'predictions' by 0\.\d+ for the inputs features \(2, 8, 4\)"):
+        compared[1e-2]()
 
 
 def test_a_baked_batch_size_is_an_error(tmp_path):
