@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from iris_hf.errors import DataError
 from iris_hf.export.examples import image_spec_of
 from iris_hf.export.graph import Graph
+from iris_hf.export.structure import is_layout
 from iris_hf.models.hub import EXPORT_FILE, TOKENIZER_FILES, save_tokenizer
 from iris_hf.models.image_spec import ImageSpec
 from iris_hf.models.trust import HERE, read_json
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 MODEL_FILE, LABELS_FILE, FORMAT = "model.onnx", "labels.json", 1
 _FILES = (MODEL_FILE, EXPORT_FILE, LABELS_FILE, "config.json", "preprocessor_config.json")
-_BOXES = {"boxes", "score_threshold"}
 
 
 def write_folder(export: OnnxExport, graph: Graph, model: nn.Module, folder: Path) -> None:
@@ -107,14 +107,44 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{str(file)!r} has the format {description.get('format')!r}, this iris_hf reads {FORMAT}. Update it."
         )
-    prediction = description["prediction"]
-    if not isinstance(prediction, dict) or not ("layout" in prediction or prediction.keys() >= _BOXES):
-        raise DataError(f"{str(file)!r} is damaged: prediction is {prediction!r}. Export the model anew.")
+    for name, fits in _FIELDS.items():
+        if not fits(description.get(name)):
+            raise DataError(f"{str(file)!r} is damaged: {name} is {description.get(name)!r}. Export the model anew.")
     try:
         make_spec(description)
     except (TypeError, ValueError) as error:
         raise DataError(f"{str(file)!r} is damaged: {error} (image_spec). Export the model anew.") from error
     return description
+
+
+def _is_prediction(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    if "layout" in value:
+        return value["layout"] is not None and is_layout(value["layout"])
+    threshold = value.get("score_threshold")
+    return isinstance(value.get("boxes"), str) and isinstance(threshold, int | float)
+
+
+def _is_names(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _is_a(kind: type) -> Callable[[object], bool]:
+    return lambda value: value is None or type(value) is kind
+
+
+_FIELDS: Mapping[str, Callable[[object], bool]] = {
+    "inputs": is_layout,
+    "prediction": _is_prediction,
+    "target_type": _is_a(str),
+    "num_classes": _is_a(int),
+    "class_names": _is_names,
+    "max_length": _is_a(int),
+    "dynamic_size": _is_a(bool),
+    "dynamic_length": _is_a(bool),
+}
+"""What values the fields of a description may have."""
 
 
 def _without_normalisation(spec: ImageSpec) -> ImageSpec:

@@ -13,7 +13,8 @@ from iris_hf.errors import ConfigError, DataError, MissingDependencyError
 from iris_hf.export.check import make_session, run_session
 from iris_hf.export.examples import Batch, is_list_of_images, split_inputs
 from iris_hf.export.folder import MODEL_FILE, make_spec, read_description
-from iris_hf.export.structure import rebuild
+from iris_hf.export.structure import names_in, rebuild
+from iris_hf.models.hub import EXPORT_FILE
 from iris_hf.models.trust import HERE
 
 
@@ -98,6 +99,11 @@ class OnnxModel(nn.Module):
             return [rows[~(rows[:, 1] < threshold)] for rows in outputs[self._prediction["boxes"]]]
         return rebuild(self._prediction["layout"], outputs)
 
+    @property
+    def output_names(self) -> list[str]:
+        """The names of the outputs of the graph."""
+        return [output.name for output in self._session.get_outputs()]
+
     def _open(self) -> Any:
         return make_session(self._data, num_threads=self._num_threads, providers=self._providers)
 
@@ -139,9 +145,17 @@ def load_onnx(
     description["tokenizer_name"] = _tokenizer_beside(path, description.get("tokenizer_name"))
     data = (path / MODEL_FILE).read_bytes()
     try:
-        return OnnxModel(data, description, num_threads=num_threads, providers=providers)
+        model = OnnxModel(data, description, num_threads=num_threads, providers=providers)
     except Exception as error:
         raise DataError(f"ONNX Runtime cannot read {str(path / MODEL_FILE)!r}: {error}") from error
+    prediction, given = description["prediction"], model.output_names
+    wanted = names_in(prediction["layout"]) if "layout" in prediction else [prediction["boxes"]]
+    if not {*wanted} <= {*given}:
+        raise DataError(
+            f"{str(path / EXPORT_FILE)!r} is damaged: prediction is made of {', '.join(wanted)}, and {MODEL_FILE} "
+            f"gives {', '.join(given)}. Export the model anew."
+        )
+    return model
 
 
 def _tokenizer_beside(folder: Path, name: object) -> str | None:

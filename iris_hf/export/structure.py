@@ -70,6 +70,26 @@ def rebuild(layout: Layout, tensors: Mapping[str, Any]) -> Any:
     return tuple(nested) if kind == "tuple" else nested
 
 
+def is_layout(value: object) -> bool:
+    """Whether JSON is a layout."""
+    if value is None or isinstance(value, str):
+        return True
+    if not isinstance(value, dict) or len(value) != 1:
+        return False
+    ((kind, items),) = value.items()
+    if kind == "dict":
+        return isinstance(items, dict) and all(map(is_layout, items.values()))
+    return kind in ("list", "tuple") and isinstance(items, list) and all(map(is_layout, items))
+
+
+def names_in(layout: Layout) -> list[str]:
+    """The names of the tensors in a layout."""
+    if layout is None or isinstance(layout, str):
+        return [] if layout is None else [layout]
+    ((kind, items),) = layout.items()
+    return [name for item in (items.values() if kind == "dict" else items) for name in names_in(item)]
+
+
 def _free_name(name: str, taken: Collection[str]) -> str:
     number = 2
     free = name

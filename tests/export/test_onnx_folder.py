@@ -170,6 +170,17 @@ def test_folders_that_hold_no_export_are_refused(tmp_path):
     for damage, message in (
         ({"prediction": {}}, r"is damaged: prediction is \{\}. Export the model anew"),
         ({"prediction": {"boxes": "detections"}}, r"is damaged: prediction is"),
+        ({"prediction": {"layout": {"set": ["logits"]}}}, r"json' is damaged: prediction is .*'set'"),
+        ({"prediction": {"layout": None}}, r"is damaged: prediction is"),
+        ({"prediction": {"layout": "elsewhere"}}, r"prediction is made of elsewhere, and model.onnx gives \w+"),
+        ({"prediction": {"boxes": "elsewhere", "score_threshold": 0}}, r"prediction is made of elsewhere, and"),
+        ({"prediction": {"boxes": "detections", "score_threshold": "0"}}, r"is damaged: prediction is"),
+        ({"inputs": 3}, r"is damaged: inputs is 3"),
+        ({"target_type": ["multiclass"]}, r"is damaged: target_type is \['multiclass'\]"),
+        ({"num_classes": "3"}, r"is damaged: num_classes is '3'"),
+        ({"class_names": "ab"}, r"is damaged: class_names is 'ab'"),
+        ({"max_length": 1.5}, r"is damaged: max_length is 1.5"),
+        ({"dynamic_size": "no"}, r"is damaged: dynamic_size is 'no'"),
         ({"image_spec": {"height": 0, "width": 3}}, r"is damaged: .*height must be.*got 0"),
         ({"image_spec": {"depth": 3}}, r"is damaged: .*'depth' \(image_spec\)"),
     ):
