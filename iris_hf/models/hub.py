@@ -30,6 +30,7 @@ TOKENIZER_FILES = (
 )
 """What transformers writes for a tokenizer."""
 
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _OF_A_MODEL = ("model*.safetensors*", "pytorch_model*.bin*", _RECIPE_FILE)
 MODEL_FILES = (
     *(*_OF_A_MODEL, "config.json", "generation_config.json"),
@@ -107,9 +108,9 @@ def from_pretrained(
     was saved with the model becomes its `tokenizer_name`.
 
     Args:
-        folder_or_repo_id: A local folder, or a repository of the Hub. Of a repository only the description, safetensors
-            and the tokenizer's files are fetched, into the cache of huggingface_hub; its token (`hf auth login`, or
-            HF_TOKEN) opens private ones.
+        folder_or_repo_id: A local folder, or a repository of the Hub. Of a repository only the description, the
+            safetensors that transformers would load and the tokenizer's files are fetched, into the cache of
+            huggingface_hub; its token (`hf auth login`, or HF_TOKEN) opens private ones.
         revision: A branch, tag or commit of the repository; None is `main`.
         local_files_only: Whether to take the repository from the cache without asking the Hub. HF_HUB_OFFLINE=1 does
             that, too.
@@ -170,8 +171,8 @@ def _load(folder: Path) -> nn.Module:
                 f"{str(folder)!r} describes no model that can be made: {type(error).__name__}: {error}"
             ) from error
     stored = _read_recipe(recipe_file)
-    check_weights(folder)
     refuse_code(folder)
+    check_weights(folder)
     loaders: dict[str, Callable[..., nn.Module]] = {
         "create_hf_model": load_hf_model,
         "create_hf_text_encoder": load_hf_text_encoder,
@@ -274,6 +275,7 @@ def _load_weights(model: nn.Module, file: Path) -> None:
         f"{k} is {saved[k].dtype} instead of {own[k].dtype}"
         for k in sorted(own.keys() & saved.keys())
         if own[k].is_floating_point() != saved[k].is_floating_point()
+        or (saved[k].is_floating_point() and saved[k].dtype not in {own[k].dtype, *_FLOATS})
     ]
     problems = [f"missing: {', '.join(missing[:3])}"] if missing else []
     problems += [f"superfluous: {', '.join(superfluous[:3])}"] if superfluous else []

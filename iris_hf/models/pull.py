@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import glob
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from iris_hf.errors import ConfigError, DataError, IrisHFError, unknown_name
+from iris_hf.models.trust import read_json
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
 T = TypeVar("T")
 _WAITS = (1.0, 3.0)  # seconds
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # the last three are tokenizers'
+_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # the last three are tokenizers'
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _NETWORK = ("requests", "urllib3", "httpx", "httpx2")  # the first two are of huggingface_hub 0.36
 
 
 def fetch(folder_or_repo_id: str | Path, *, revision: str | None, local_files_only: bool, weights: bool = True) -> Path:
     """Give a local folder, or fetch a repository's description, weights and tokenizer into the cache of the Hub.
 
-    Subfolders are left out, as are all files that could hold code or a pickle, and the weights unless asked for.
+    Of the weights only the files of :func:`weight_files` are fetched, if any are asked for. Subfolders are left out,
+    as are all files that could hold code or a pickle.
 
     Raises:
         ConfigError: If the repository lacks the revision.
@@ -33,25 +38,67 @@ def fetch(folder_or_repo_id: str | Path, *, revision: str | None, local_files_on
         if revision is not None:
             raise DataError(f"{str(path)!r} is a local folder, which has no revision {revision!r}. Leave it out.")
         return path
-    from huggingface_hub import snapshot_download
-
     repo_id = str(folder_or_repo_id)
     at = "" if revision is None else f" at revision {revision!r}"
     try:
-        fetched = patiently(
-            lambda: snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=list(_FILES),
-                ignore_patterns=["*/*"] if weights else ["*/*", "*.safetensors"],
-                local_files_only=local_files_only,
-                library_name="iris_hf",
-            )
-        )
+        folder = _download(repo_id, _FILES, revision=revision, local_files_only=local_files_only)
+        if weights:
+            _fetch_weights(repo_id, folder, local_files_only=local_files_only)
     except Exception as error:
         raise hub_error(
             f"{repo_id!r}{at} is no folder, and", error, repo_id, revision=revision, fetching=True
         ) from error
+    return folder
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of the safetensors that transformers loads from a folder, whether they are there or not.
+
+    These are what config.json names as `transformers_weights`, else model.safetensors, else the shards of its index.
+    Odd values are left to :func:`iris_hf.models.trust.refuse_code`.
+    """
+    named = _read_field(folder / "config.json", "transformers_weights")
+    if named is not None:
+        return [str(named)]
+    shards = _read_field(folder / _INDEX, "weight_map")
+    if (folder / _WEIGHTS).is_file() or not isinstance(shards, dict) or not shards:
+        return [_WEIGHTS]
+    return sorted({str(shard) for shard in shards.values()})
+
+
+def _read_field(file: Path, key: str) -> Any:
+    content = read_json(file) if file.is_file() else None
+    return content.get(key) if isinstance(content, dict) else None
+
+
+def _fetch_weights(repo_id: str, folder: Path, *, local_files_only: bool) -> None:
+    """Fetch the weights of a repository whose description is in a folder of the cache, of the same commit."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    options: dict[str, Any] = {"revision": folder.name, "local_files_only": local_files_only}
+    names = weight_files(folder)
+    if (folder / _INDEX).is_file() and _read_field(folder / "config.json", "transformers_weights") is None:
+        with suppress(EntryNotFoundError):  # where the whole is there, shards are not looked at
+            patiently(lambda: hf_hub_download(repo_id, _WEIGHTS, library_name="iris_hf", **options))
+            names = [_WEIGHTS]
+    _download(repo_id, [glob.escape(name) for name in names if name.endswith(".safetensors")], **options)
+
+
+def _download(repo_id: str, patterns: Sequence[str], *, revision: str | None, local_files_only: bool) -> Path:
+    """Fetch the files of a repository whose names fit, none from subfolders, into the cache; give their folder."""
+    from huggingface_hub import snapshot_download
+
+    fetched = patiently(
+        lambda: snapshot_download(
+            repo_id,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*"],
+            local_files_only=local_files_only,
+            library_name="iris_hf",
+        )
+    )
     return Path(fetched)
 
 

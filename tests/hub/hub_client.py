@@ -1,6 +1,7 @@
 """What a user of the Hub does; it runs in a process of its own, whose environment names the Hub."""
 
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,48 @@ def pull(repo_id: str, name: str, **options: Any) -> list[Any]:
     return outputs(from_pretrained(repo_id, **options), name)
 
 
-def create(repo_id: str, _: str) -> Any:
+def create(repo_id: str, _: str, **options: Any) -> Any:
     """Make a classifier of a repository, in the way of a user who wants another head."""
     from iris_hf.models.sources.transformers import create_hf_model
 
-    return create_hf_model(repo_id, target_type="multiclass", class_names=["a", "b"])
+    return create_hf_model(repo_id, target_type="multiclass", class_names=["a", "b"], **options)
+
+
+def split(weights: bytes) -> dict[str, tuple[bytes, list[str]]]:
+    """Split a file of weights in two: their names, contents and tensors."""
+    from safetensors.torch import load, save
+
+    state = load(weights)
+    halves = (sorted(state)[::2], sorted(state)[1::2])
+    return {
+        f"model-0000{i}-of-00002.safetensors": (save({n: state[n] for n in names}, {"format": "pt"}), names)
+        for i, names in enumerate(halves, 1)
+    }
+
+
+TEXTS = {"model_type": "bert", "vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 1}
+TEXTS |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 16}
+
+
+def save_text_encoder(folder: str) -> None:
+    """Save a text encoder with its tokenizer."""
+    from models.words import save_word_tokenizer
+
+    from iris_hf.models.hub import save_pretrained
+    from iris_hf.models.sources.text_encoders import create_hf_text_encoder
+
+    name = save_word_tokenizer(Path(folder) / "words", model_max_length=16)
+    save_pretrained(create_hf_text_encoder(TEXTS, pretrained=False, tokenizer=name), folder)
+    shutil.rmtree(name)
+
+
+def encode(source: str, **options: Any) -> list[float]:
+    """Make a text encoder of a folder or repository, and encode a text with its own tokenizer."""
+    import iris_hf
+    from iris_hf.models.sources.text_encoders import create_hf_text_encoder
+
+    encoder = create_hf_text_encoder(source, **options).eval()
+    return encoder(iris_hf.create_tokenizer(encoder)(["a big red dog"])).tolist()
 
 
 def timm_detector() -> dict[str, Any]:
@@ -76,8 +114,6 @@ def detector_facts(source: str, **options: Any) -> list[float]:
 
 def push_pairs(repo_id: str, folder: str) -> tuple[dict[str, int], list[Any], list[int]]:
     """Push an image-text model whose texts go through a tokenizer of transformers in a local folder."""
-    import shutil
-
     import torch
     from models.families import make
     from models.words import save_word_tokenizer
@@ -88,9 +124,7 @@ def push_pairs(repo_id: str, folder: str) -> tuple[dict[str, int], list[Any], li
     from iris_hf.models.sources.text_encoders import create_hf_text_encoder
 
     name = save_word_tokenizer(Path(folder), model_max_length=16)
-    settings = {"model_type": "bert", "vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 1}
-    settings |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 16}
-    texts = create_hf_text_encoder(settings, pretrained=False, tokenizer=name)
+    texts = create_hf_text_encoder(TEXTS, pretrained=False, tokenizer=name)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = make_image_text_contrastive_model(

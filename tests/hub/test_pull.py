@@ -102,12 +102,71 @@ def test_a_pickle_is_neither_fetched_nor_loaded(client, hub, tmp_path):
     trace = tmp_path / "trace"
     files = {n: c for n, c in timm_files(hub, client).items() if not n.endswith(".safetensors")}
     hub.plant("models/alice/pickle", {**files, "pytorch_model.bin": pickle.dumps(Bomb(trace)), "evil.py": b"1 / 0"})
-    with pytest.raises(DataError, match=r"holds no weights \(\*\.safetensors\)"):
+    with pytest.raises(DataError, match=r"holds no weights \(model\.safetensors\)"):
         client(hub_client.pull, "alice/pickle", "timm-resnet")
     fetched = [path for _, path, _ in hub.requests if "alice/pickle/resolve" in path]
     assert fetched
     assert not [path for path in fetched if path.endswith((".bin", ".py"))]
     assert not trace.exists()
+
+
+def fetched_weights(hub):
+    """The safetensors that were fetched from anywhere."""
+    return sorted(p.rpartition("/")[2] for m, p, _ in hub.requests if m == "GET" and p.endswith(".safetensors"))
+
+
+def test_only_the_weights_that_transformers_loads_are_fetched(client, hub):
+    client(hub_client.push, "hf-vit", "alice/vit")
+    files = hub.files("models/alice/vit")
+    weights, others = files.pop("model.safetensors"), {"open_clip_model.safetensors": b"other", "more.safetensors": b""}
+    halves = hub_client.split(weights)
+    index = json.dumps({"metadata": {}, "weight_map": {n: f for f, (_, names) in halves.items() for n in names}})
+    sharded = {"model.safetensors.index.json": index.encode(), **{f: content for f, (content, _) in halves.items()}}
+    named = {"config.json": json.dumps({**json.loads(files["config.json"]), "transformers_weights": "[x].safetensors"})}
+    cases = {
+        "beside": ({"model.safetensors": weights}, ["model.safetensors"]),
+        "sharded": (sharded, sorted(halves)),
+        "both": ({**sharded, "model.safetensors": weights}, ["model.safetensors"]),
+        "named": ({"[x].safetensors": weights, "config.json": named["config.json"].encode()}, ["%5Bx%5D.safetensors"]),
+    }
+    expected = client(hub_client.pull, "alice/vit", "hf-vit")
+    for name, (own, wanted) in cases.items():
+        hub.plant(f"models/alice/{name}", {**files, **others, **own})
+        hub.requests.clear()
+        pulled = client(hub_client.pull, f"alice/{name}", "hf-vit")
+        assert all(np.array_equal(a, b) for a, b in zip(pulled, expected, strict=True)), name
+        assert fetched_weights(hub) == wanted
+        assert client(hub_client.pull, f"alice/{name}", "hf-vit", local_files_only=True)
+        assert client(hub_client.create, f"alice/{name}", "hf-vit")
+        assert fetched_weights(hub) == wanted
+
+
+def test_a_model_is_made_of_the_revision_that_is_asked_for(client, hub, tmp_path):
+    client(hub_client.push, "hf-vit", "alice/vit")
+    files = {n: c for n, c in hub.files("models/alice/vit").items() if n != "iris_hf.json"}
+    weights = {"model.safetensors": files.pop("model.safetensors")}
+    hub.plant("models/alice/pickled", {**files, "pytorch_model.bin": pickle.dumps(Bomb(tmp_path / "trace"))})
+    hub.plant("models/alice/pickled", {**files, **weights}, branch="refs/pr/1")
+    with pytest.raises(DataError, match=r"(?s)holds no weights.*revision='refs/pr/N' to from_pretrained, create_hf_mo"):
+        client(hub_client.create, "alice/pickled", "hf-vit")
+    assert client(hub_client.create, "alice/pickled", "hf-vit", revision="refs/pr/1")
+    with pytest.raises(ConfigError, match=r"revision of 'alice/pickled'.*'v9'.*main"):
+        client(hub_client.create, "alice/pickled", "hf-vit", revision="v9")
+    with pytest.raises(DataError, match=r"is a local folder, which has no revision 'v1'"):
+        client(hub_client.create, str(tmp_path), "hf-vit", revision="v1")
+    with pytest.raises(ConfigError, match=r"revision='v1' is for a repository of the Hub. Leave it out"):
+        client(hub_client.create, "vit", "hf-vit", revision="v1", pretrained=False)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_text_encoder_of_a_revision_has_its_tokenizer(client, hub, tmp_path):
+    client(hub_client.save_text_encoder, str(tmp_path))
+    hub.plant("models/alice/texts", {"README.md": b"nothing here"})
+    hub.plant("models/alice/texts", {p.name: p.read_bytes() for p in tmp_path.iterdir()}, branch="v1")
+    expected = client(hub_client.encode, str(tmp_path))
+    assert client(hub_client.encode, "alice/texts", revision="v1") == expected
+    with pytest.raises(DataError, match=r"no configuration of transformers at 'alice/texts'"):
+        client(hub_client.encode, "alice/texts")
 
 
 def test_a_path_that_climbs_out_of_the_folder_is_left_out(client, hub, environment):

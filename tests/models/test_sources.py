@@ -7,6 +7,7 @@ import pytest
 import torch
 from launching import run_python
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from iris_hf.errors import ConfigError, DataError, MissingDependencyError
@@ -270,7 +271,7 @@ def test_a_pickle_of_weights_is_refused(tmp_path):
     model = make_vit().network.network
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(DataError, match=r"pytorch_model.bin is a pickle.*Save the model as safetensors"):
+    with pytest.raises(DataError, match=r"pytorch_model.bin is a pickle.*Save the model as safetensors.*'refs/pr/N'"):
         create_hf_model(tmp_path, target_type="multiclass", class_names=NAMES)
 
 
@@ -379,8 +380,6 @@ def test_packaged_mobilenet_weights_compute_what_torchvision_computes():
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_local_timm_weights_load(suffix, tmp_path):
-    from safetensors.torch import save_file
-
     model = create_timm_model("resnet10t", num_classes=3)
     file = tmp_path / f"weights.{suffix}"
     state = model.network.network.state_dict()

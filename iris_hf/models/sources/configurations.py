@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,6 @@ from iris_hf.models.pull import fetch
 from iris_hf.models.trust import KERNEL_KEYS, read_json, refuse_code
 
 _OLD_FIELDS = ("backbone", "backbone_kwargs", "use_pretrained_backbone", "use_timm_backbone")  # still understood by 5.x
-
-
-def is_stored(source: object, pretrained: bool) -> bool:
-    """Whether a source means a repository or folder."""
-    return isinstance(source, str | Path) and not _is_model_type(source, pretrained)
 
 
 def _is_model_type(source: Any, pretrained: bool) -> bool:
@@ -72,16 +68,25 @@ def make_config(source: Any, changes: Mapping[str, Any], *, pretrained: bool) ->
     return settings
 
 
-def fetch_stored(source: str | Path, *, pretrained: bool) -> Path:
+def fetch_stored(source: object, *, pretrained: bool, revision: str | None) -> Path | None:
     """The folder that a source means, fetched if it is a repository; it names nothing but its own files.
 
+    A configuration or a type of model is in no folder: None.
+
     Raises:
-        DataError: If there is none, or something in it would run code or load anything from elsewhere.
+        ConfigError: If a revision is asked of what has none, or the repository lacks it.
+        DataError: If there is no such folder, or something in it would run code or load anything from elsewhere.
     """
+    if not isinstance(source, str | Path) or _is_model_type(source, pretrained):
+        if revision is not None:
+            raise ConfigError(f"revision={revision!r} is for a repository of the Hub. Leave it out.")
+        return None
     types = "" if pretrained else " It is no model type either."
     try:
-        folder = fetch(source, revision=None, local_files_only=False, weights=pretrained)
+        folder = fetch(source, revision=revision, local_files_only=False, weights=pretrained)
     except IrisHFError as error:
+        if revision is not None:  # so a repository is meant, surely
+            raise
         raise DataError(f"There is no configuration of transformers at {str(source)!r}: {error}{types}") from error
     if not (folder / "config.json").is_file():
         raise DataError(f"There is no configuration of transformers at {str(source)!r}: no config.json.{types}")
@@ -94,7 +99,10 @@ def _read_config(folder: Path) -> Any:
     from transformers import CONFIG_MAPPING
 
     values = _without_hints(read_json(folder / "config.json"))
+    _check_classes(values, folder / "config.json")
     model_type = values.pop("model_type", "timm_wrapper" if "pretrained_cfg" in values else None)
+    if model_type == "timm_wrapper" and isinstance(values.get("model_args"), dict):
+        values["model_args"].pop("num_classes", None)  # timm writes it, and transformers would give it twice
     try:
         if model_type not in CONFIG_MAPPING:
             raise unknown_name("model_type", model_type, CONFIG_MAPPING)
@@ -102,6 +110,19 @@ def _read_config(folder: Path) -> Any:
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         raise DataError(f"{str(folder / 'config.json')!r} is no configuration of transformers. {message}") from error
+
+
+def _check_classes(values: Mapping[str, Any], file: Path) -> None:
+    """Make sure that transformers can read the classes in a configuration, or the error names them."""
+    names, count = values.get("id2label"), values.get("num_labels")
+    if names is not None and not (
+        isinstance(names, dict)
+        and all(re.fullmatch(r"\d+", key) for key in names)
+        and all(isinstance(name, str | int | float) for name in names.values())
+    ):
+        raise DataError(f"{str(file)!r} holds id2label={names!r}. It must give numbers names: {{'0': 'cat'}}.")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+        raise DataError(f"{str(file)!r} holds num_labels={count!r}, which must be a whole number.")
 
 
 def _without_hints(value: Any, *, is_whole: bool = True) -> Any:

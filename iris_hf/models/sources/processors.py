@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from iris_hf.errors import DataError
 from iris_hf.models.image_spec import ImageSpec, Normalize
 from iris_hf.models.sources.image_text import IMAGE_TEXT_TYPES
+from iris_hf.models.sources.timm import fields_of_timm
 from iris_hf.models.transforms import create_image_transform
 
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -35,6 +37,37 @@ def load_processor(source: str) -> Any:
         return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **slow)
     except Exception as error:
         raise DataError(f"The image processor of {source!r} cannot be loaded: {error}") from error
+
+
+def describe_processor(processor: Any) -> tuple[dict[str, Any], str | None]:
+    """What an image processor does, as fields of an ImageSpec, or what it does that no fields say."""
+    fields: dict[str, Any] = {}
+    difference = _find_odd_value(processor)
+    try:
+        fields = {} if difference else fields_of_processor(processor)
+        difference = difference or find_difference(processor, fields)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # of values that a repository gave
+        difference = f"its settings make no image_spec, {type(error).__name__}: {error}"
+    return ({} if difference else fields), difference
+
+
+def _find_odd_value(processor: Any) -> str | None:
+    """What a setting of the normalisation is that it cannot be, or None."""
+    for name, what in (("image_mean", "three numbers"), ("image_std", "three positive numbers")):
+        value = getattr(processor, name, None)
+        if value is None or not getattr(processor, "do_normalize", False):
+            continue
+        are_three = isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_number, value))
+        if not are_three or (name == "image_std" and min(value) <= 0):
+            return f"its {name} is {value!r}, and must be {what}"
+    factor = getattr(processor, "rescale_factor", None)
+    if factor is not None and getattr(processor, "do_rescale", False) and not (_is_number(factor) and factor > 0):
+        return f"its rescale_factor is {factor!r}, and must be a positive number"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def fields_of_processor(processor: Any) -> dict[str, Any]:
@@ -113,11 +146,26 @@ def find_difference(processor: Any, fields: Mapping[str, Any]) -> str | None:
     return None
 
 
-def fields_of_config(settings: Any, target_type: str) -> dict[str, Any]:
-    """What is known of the images where there is a configuration but no image processor."""
+def fields_of_config(settings: Any, target_type: str, network: Any) -> dict[str, Any]:
+    """What is known of the images where there is a configuration but no image processor.
+
+    Raises:
+        DataError: If it is one of timm's, and describes no images.
+    """
+    if settings.model_type == "timm_wrapper":
+        known = getattr(settings, "pretrained_cfg", None) or network.timm_model.pretrained_cfg
+        try:
+            fields = fields_of_timm(known, settings.model_args or {})
+            ImageSpec(**fields)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise DataError(
+                f"The pretrained_cfg of {settings.architecture!r} describes no images, {type(error).__name__}: "
+                f"{error}. Correct it in config.json."
+            ) from error
+        return fields
     size = getattr(getattr(settings, "vision_config", settings), "image_size", None)
     squash_to = {"detection": 640, "segmentation": 512}.get(target_type, 224)
-    fields: dict[str, Any] = {"resize": "squash"}
+    fields = {"resize": "squash"}
     if target_type == "detection" and settings.model_type not in ("d_fine", "rt_detr", "rt_detr_v2"):
         fields["resize"] = "fit"
         size = size or (800, 1333)
@@ -134,6 +182,8 @@ def fields_of_config(settings: Any, target_type: str) -> dict[str, Any]:
 
 def has_fixed_size(network: Any) -> bool:
     """Whether positions are learnt for one size of images (those of Swin are relative to a window)."""
+    if network.config.model_type == "timm_wrapper":
+        return bool(network.timm_model.pretrained_cfg.get("fixed_input_size", False))
     names = [name for name, _ in network.named_parameters()]
     windows = network.config.model_type.startswith("swin")
     return any("position_embeddings" in n or ("relative_position_bias" in n and not windows) for n in names)

@@ -11,7 +11,6 @@ from iris_hf.models.recipe import record
 from iris_hf.models.sources.configurations import (
     describe_config,
     fetch_stored,
-    is_stored,
     make_config,
     naming_the_config,
 )
@@ -32,6 +31,7 @@ def create_hf_text_encoder(
     pooling: Pooling = "mean",
     config: Mapping[str, Any] | None = None,
     tokenizer: str | Path | None = None,
+    revision: str | None = None,
 ) -> TextEncoder:
     """Make a text encoder of any text model of transformers: tokens in, one vector per text out.
 
@@ -46,17 +46,26 @@ def create_hf_text_encoder(
             or what the model's own `pooler` makes.
         config: Fields of the configuration to change, such as `{"hidden_size": 64}`.
         tokenizer: The repository or folder of its tokenizer; None: `name_or_path`, if it has one.
+        revision: A branch, tag or commit of the repository, or `refs/pr/N` for its pull request number N; None is
+            `main`.
 
     Returns:
         An encoder whose features `[N, F]` have the length `feature_dim`.
 
     Raises:
-        ConfigError: If a name or field is unknown, or weights are asked of a configuration.
+        ConfigError: If a name or field is unknown, weights are asked of a configuration, or the repository lacks the
+            revision.
         DataError: If the folder or its weights cannot be read, or weights are missing.
         MissingDependencyError: If a `pip:` package isn't installed.
     """
     return _create(
-        name_or_path, pretrained=pretrained, pooling=pooling, config=config, tokenizer=tokenizer, exact=False
+        name_or_path,
+        pretrained=pretrained,
+        pooling=pooling,
+        config=config,
+        tokenizer=tokenizer,
+        revision=revision,
+        exact=False,
     )
 
 
@@ -80,23 +89,23 @@ def _create(
     pooling: Pooling = "mean",
     config: Mapping[str, Any] | None = None,
     tokenizer: str | Path | None = None,
+    revision: str | None = None,
     exact: bool,
 ) -> TextEncoder:
     from transformers import AutoModel, AutoModelForTextEncoding
 
     if pooling not in get_args(Pooling):
         raise unknown_name("pooling", pooling, get_args(Pooling))
-    name = str(source) if is_stored(source, pretrained) else None
-    if name is not None:
-        source = fetch_stored(resolve_packaged(name), pretrained=pretrained)
-    settings = make_config(source, config or {}, pretrained=pretrained)
+    named = resolve_packaged(str(source)) if isinstance(source, str | Path) else source
+    folder = fetch_stored(named, pretrained=pretrained, revision=revision)
+    settings = make_config(folder or source, config or {}, pretrained=pretrained)
     auto_class = AutoModelForTextEncoding if type(settings) in AutoModelForTextEncoding._model_mapping else AutoModel
     if type(settings) not in auto_class._model_mapping:
         raise unknown_name(
             "model type for texts", settings.model_type, {c.model_type for c in AutoModel._model_mapping}
         )
     if pretrained:
-        network, wrong = load_network(auto_class, str(source), settings, exact=exact)
+        network, wrong = load_network(auto_class, str(folder), settings, exact=exact)
         wrong.pop("unexpected_keys", None)  # heads of other tasks
         if pooling != "pooler":
             missing = [k for k in wrong.pop("missing_keys", []) if not k.startswith("pooler.")]
@@ -110,7 +119,7 @@ def _create(
         raise ConfigError(f"{type(network).__name__} has no pooler. Choose pooling 'mean', 'cls' or 'last'.")
     if pooling != "pooler" and getattr(network, "pooler", None) is not None:
         network.pooler = None  # its weights would be trained by nothing
-    tokenizer_name = find_tokenizer(name, tokenizer)
+    tokenizer_name = find_tokenizer(source, folder, tokenizer, revision)
     encoder = TextEncoder(
         network,
         pooling=pooling,

@@ -90,7 +90,7 @@ def create_timm_model(
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         way_out = " Without the Hub give weights=..., or pretrained=False." if pretrained else ""
         raise ConfigError(f"timm cannot make {name!r} with config={arguments!r}: {error}{way_out}") from error
-    known = _image_spec_fields(timm.data.resolve_model_data_config(network, args=_size_argument(arguments)), network)
+    known = fields_of_timm(network.pretrained_cfg, arguments)
     if weights is not None:
         if str(weights) in PACKAGED_WEIGHTS:
             known.update(PACKAGED_WEIGHTS[str(weights)]["image_spec"])
@@ -115,15 +115,16 @@ def create_timm_model(
     )
 
 
-def _size_argument(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    size = arguments.get("img_size")
-    if size is None:
-        return {}
-    height, width = (size, size) if isinstance(size, int) else size
-    return {"input_size": (3, height, width)}
+def fields_of_timm(pretrained_cfg: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm knows of the images that a network takes, as fields of an ImageSpec.
 
+    Args:
+        pretrained_cfg: Of the network.
+        arguments: With which its architecture was made: `img_size` is another size than that of the weights.
+    """
+    from timm.data import resolve_data_config
 
-def _image_spec_fields(data: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:
+    data = resolve_data_config(_size_argument(arguments), pretrained_cfg=dict(pretrained_cfg))
     return {
         "height": data["input_size"][1],
         "width": data["input_size"][2],
@@ -132,8 +133,16 @@ def _image_spec_fields(data: Mapping[str, Any], network: nn.Module) -> dict[str,
         "interpolation": data["interpolation"] if data["interpolation"] != "random" else "bicubic",
         "mean": data["mean"],
         "std": data["std"],
-        "variable_size": not network.pretrained_cfg.get("fixed_input_size", False),  # type: ignore[operator, union-attr]
+        "variable_size": not pretrained_cfg.get("fixed_input_size", False),
     }
+
+
+def _size_argument(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    size = arguments.get("img_size")
+    if size is None:
+        return {}
+    height, width = (size, size) if isinstance(size, int) else size
+    return {"input_size": (3, height, width)}
 
 
 def _load_weights(network: nn.Module, weights: str | Path, name: str) -> None:

@@ -19,17 +19,15 @@ from iris_hf.models.segmenter import ImageSegmenter
 from iris_hf.models.sources.configurations import (
     describe_config,
     fetch_stored,
-    is_stored,
     make_config,
     naming_the_config,
 )
 from iris_hf.models.sources.image_text import IMAGE_TEXT_TYPES, from_towers, to_towers
 from iris_hf.models.sources.processors import (
     RESAMPLE,
+    describe_processor,
     detection_processor_type,
     fields_of_config,
-    fields_of_processor,
-    find_difference,
     has_fixed_size,
     load_processor,
 )
@@ -63,6 +61,7 @@ def create_hf_model(
     max_detections: int = 100,
     loss: ContrastiveKind | None = None,
     tokenizer: str | Path | None = None,
+    revision: str | None = None,
 ) -> HFModel:
     """Make a transformers model that takes images in [0, 1] and speaks the model interface.
 
@@ -83,10 +82,13 @@ def create_hf_model(
         loss: For image_text: `siglip` for models with a bias of the logits, `clip` or `unicl` for others. None takes
             the first that fits.
         tokenizer: For image_text: the repository or folder of its tokenizer; None: `name_or_path`, if it has one.
+        revision: A branch, tag or commit of the repository, or `refs/pr/N` for its pull request number N; None is
+            `main`.
 
     Raises:
         ConfigError: If a name or field is unknown, the type has no model for the target type, weights are asked of a
-            configuration, there are no class names, or the loss is not for the model.
+            configuration, there are no class names, the loss is not for the model, or the repository lacks the
+            revision.
         DataError: If the folder or its weights cannot be read, or weights other than the head's are missing or of
             another shape, or its image processor does what no `image_spec` describes.
     """
@@ -101,6 +103,7 @@ def create_hf_model(
         max_detections=max_detections,
         loss=loss,
         tokenizer=tokenizer,
+        revision=revision,
         exact=False,
     )
 
@@ -183,17 +186,18 @@ def _create(
     max_detections: int = 100,
     loss: ContrastiveKind | None = None,
     tokenizer: str | Path | None = None,
+    revision: str | None = None,
     exact: bool,
 ) -> HFModel:
     import transformers
 
     if target_type is not None and target_type not in _AUTO_CLASSES:
         raise unknown_name("target_type of a transformers model", target_type, _AUTO_CLASSES)
-    folder = fetch_stored(str(source), pretrained=pretrained) if is_stored(source, pretrained) else None
+    folder = fetch_stored(source, pretrained=pretrained, revision=revision)
     settings = make_config(folder or source, config or {}, pretrained=pretrained)
     target_type = target_type or _infer_target_type(settings, source)
     _check_options(target_type, loss=loss, tokenizer=tokenizer)
-    class_names = _set_classes(settings, target_type, class_names, pretrained=pretrained)
+    class_names = _set_classes(settings, target_type, class_names, source=source, pretrained=pretrained)
 
     auto_class = getattr(transformers, _AUTO_CLASSES[target_type])
     # Optimum's classes for ONNX Runtime register AutoConfig itself, which has no type.
@@ -218,22 +222,26 @@ def _create(
                 parameter.requires_grad_(True)
     network.train()
 
-    stored = str(source) if is_stored(source, pretrained) else None
-    processor = None if stored is None else load_processor(str(folder))
+    processor = None if folder is None else load_processor(str(folder))
     if processor is None:
-        fields = fields_of_config(settings, target_type)
+        fields = fields_of_config(settings, target_type, network)
     else:
-        fields = fields_of_processor(processor)
-        difference = find_difference(processor, fields)
+        fields, difference = describe_processor(processor)
         if difference is not None and not is_whole(image_spec):
+            asked = "image_spec=ImageSpec(height=..., width=..., resize=..., mean=..., std=...)"
+            way_out = f"Say what images the model takes: {asked}."
+            if exact:
+                way_out = (
+                    f"Say to create_hf_model what images it takes, {asked} (on the command line --image-spec), and "
+                    "save that model: its folder loads."
+                )
             raise DataError(
-                f"iris_hf's transforms don't do what the {type(processor).__name__} of {stored!r} does: {difference}. "
-                "Say what images the model takes: image_spec=ImageSpec(height=..., width=..., resize=..., mean=..., "
-                "std=...)."
+                f"iris_hf's transforms don't do what the {type(processor).__name__} of {str(source)!r} does: "
+                f"{difference}. {way_out}"
             )
         if difference is not None:
-            processor, fields = None, {}
-    fields["variable_size"] = target_type == "detection" or not has_fixed_size(network)
+            processor = None
+    fields.setdefault("variable_size", target_type == "detection" or not has_fixed_size(network))
     if target_type == "image_text":
         fields["variable_size"] = False
     spec = make_image_spec(fields, image_spec)
@@ -251,7 +259,7 @@ def _create(
     elif target_type == "segmentation":
         model, extra = ImageSegmenter(network, class_names=class_names, image_spec=spec), {}
     elif target_type == "image_text":
-        tokenizer = find_tokenizer(stored, tokenizer)
+        tokenizer = find_tokenizer(source, folder, tokenizer, revision)
         model, extra = to_towers(network, spec, loss=loss, tokenizer_name=tokenizer), {"tokenizer": tokenizer}
         extra["loss"] = loss
     else:
@@ -280,13 +288,31 @@ def _create(
     )
 
 
-def find_tokenizer(source: str | None, tokenizer: str | Path | None) -> str | None:
-    """The name of the tokenizer that was asked for, or else of that in a repository or folder, if it may have one."""
-    if tokenizer is not None or source is None:
+def find_tokenizer(
+    source: object, folder: Path | None, tokenizer: str | Path | None, revision: str | None
+) -> str | None:
+    """The name of the tokenizer that was asked for, or else of that in a repository or folder, if it may have one.
+
+    Args:
+        source: What the model is made of.
+        folder: Where its files are, if they are anywhere.
+        tokenizer: What was asked for.
+        revision: Of the source. A name says nothing of it, so that the folder in the cache stands for it.
+    """
+    if tokenizer is not None or folder is None:
         return None if tokenizer is None else str(tokenizer)
-    folder = Path(source)
-    files = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
-    return source if not folder.is_dir() or any((folder / file).is_file() for file in files) else None
+    files = (
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "vocab.json",
+        "vocab.txt",
+        "spiece.model",
+        "tokenizer.model",
+        "sentencepiece.bpe.model",
+    )
+    if not any((folder / file).is_file() for file in files):
+        return None
+    return str(source if revision is None else folder)
 
 
 def _check_options(target_type: str, **options: object) -> None:
@@ -296,7 +322,7 @@ def _check_options(target_type: str, **options: object) -> None:
 
 
 def _set_classes(
-    settings: Any, target_type: str, class_names: Sequence[str] | None, *, pretrained: bool
+    settings: Any, target_type: str, class_names: Sequence[str] | None, *, source: object, pretrained: bool
 ) -> Sequence[str]:
     """Write the classes into a configuration, and return them; image-text models have none."""
     if target_type == "image_text":
@@ -306,6 +332,13 @@ def _set_classes(
     if class_names is None:
         if not pretrained:
             raise ConfigError("A model without pretrained weights needs class_names.")
+        unnamed = [i for i in range(settings.num_labels) if i not in settings.id2label]
+        if unnamed or not settings.num_labels:
+            which = f"class {unnamed[0]} of {settings.num_labels}" if unnamed else "any class"
+            raise DataError(
+                f"id2label in the configuration of {str(source)!r} has no name for {which}. Correct it, or give "
+                "class_names."
+            )
         class_names = [str(settings.id2label[i]) for i in range(settings.num_labels)]
     require_names("class_names", class_names)
     settings.id2label = dict(enumerate(map(str, class_names)))

@@ -10,6 +10,11 @@ from typing import Any
 import torch
 
 from iris_hf.errors import DataError
+from iris_hf.models.pull import weight_files
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_COUNTS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+"""How safetensors call types of numbers. Some models keep positions and masks as those of the second kind."""
 
 
 def load_network(auto_class: Any, source: str, settings: Any, *, exact: bool) -> tuple[Any, dict[str, list[str]]]:
@@ -19,15 +24,17 @@ def load_network(auto_class: Any, source: str, settings: Any, *, exact: bool) ->
         auto_class: Whose `from_pretrained` loads it.
         source: A folder.
         settings: Its configuration.
-        exact: Whether the weights keep their precision; otherwise they become float32.
+        exact: Whether the weights keep the precision of the model, which its configuration names, or else its first
+            weight has; otherwise they become float32.
 
     Returns:
         The model, and the names of weights that don't fit by what is wrong with them, such as `missing_keys`.
 
     Raises:
-        DataError: If there are no readable safetensors.
+        DataError: If there are no readable safetensors, or some are neither float16, bfloat16, float32 nor float64.
     """
     check_weights(Path(source))
+    _refuse_quantised(Path(source))
     try:
         network, info = auto_class.from_pretrained(
             source,
@@ -83,24 +90,45 @@ def refuse_wrong_weights(source: object, wrong: Mapping[str, list[str]]) -> None
 
 
 def check_weights(folder: Path) -> None:
-    """Make sure that a folder holds readable safetensors.
+    """Make sure that the weights in a folder are readable safetensors.
 
     Raises:
-        DataError: If there are none, only pickles, or a file is cut short.
+        DataError: If there are none, only pickles, or a file is cut short or missing.
     """
+    for name in weight_files(folder):
+        if not (folder / name).is_file():
+            raise _missing_weights(folder, name)
+        _types_in(folder / name)
+
+
+def _types_in(file: Path) -> dict[str, str]:
+    """How safetensors call the types of the tensors in a file, by their names."""
     from safetensors import SafetensorError, safe_open
 
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-        found = f" {', '.join(pickles)} is a pickle, which may run code and is not read." if pickles else ""
-        raise DataError(
-            f"{str(folder)!r} holds no weights (*.safetensors).{found} Save the model as safetensors. A repository "
-            "with pickles alone may have a pull request with safetensors: from_pretrained(..., revision='refs/pr/1')."
-        )
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise DataError(f"{str(file)!r} is cut short or no safetensors file: {error}") from error
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = tensors.keys()
+            return {name: tensors.get_slice(name).get_dtype() for name in names}
+    except SafetensorError as error:
+        raise DataError(f"{str(file)!r} is cut short or no safetensors file: {error}") from error
+
+
+def _refuse_quantised(folder: Path) -> None:
+    """Make sure that weights are floats: float8 and integers mean nothing without the scales they were made by."""
+    for file in weight_files(folder):
+        for name, kind in _types_in(folder / file).items():
+            if kind not in _FLOATS and (kind not in _COUNTS or name.split(".")[-1] == "weight"):
+                raise DataError(
+                    f"{str(folder / file)!r} holds {name} as {kind}; only {', '.join(_FLOATS)} are read. Save the "
+                    "model in one of these."
+                )
+
+
+def _missing_weights(folder: Path, name: str) -> DataError:
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    found = f" {', '.join(pickles)} is a pickle, which may run code and is not read." if pickles else ""
+    return DataError(
+        f"{str(folder)!r} holds no weights ({name}).{found} Save the model as safetensors. A repository with pickles "
+        "alone may have a pull request with safetensors, number N: pass revision='refs/pr/N' to from_pretrained, "
+        "create_hf_model or create_hf_text_encoder."
+    )
