@@ -27,8 +27,11 @@ KERNEL_KEYS = tuple(f"{part}_implementation{end}" for part in ("attn", "experts"
 """How fields of a configuration end that say which code computes attention and experts."""
 
 _HF_FACTORIES = ("create_hf_model", "create_hf_text_encoder")
-_FETCHING_TYPES = ("edgetam",)
-"""Types whose bare configuration transformers 4 fetches."""
+_FETCHING_TYPES = ("edgetam", "lightglue", "xcodec")
+"""Types whose configurations make transformers 4 fetch others."""
+
+CODE_KEYS = ("auto_map", "custom_pipelines", "_auto_class")
+"""Fields that name code: never run, and not passed on with what is saved."""
 
 
 def read_json(file: Path) -> Any:
@@ -58,9 +61,11 @@ def refuse_code(folder: Path) -> None:
         ("preprocessor_config.json", "image_processor_type"),
         ("processor_config.json", ""),
         ("tokenizer_config.json", "tokenizer_class"),
+        ("special_tokens_map.json", ""),
     ):
         file = folder / name
         content = _read_object(file) if file.is_file() else {}
+        _refuse_other_classes(content, file)
         kind = str(content.get(key))
         is_known = kind in CONFIG_MAPPING if key == "model_type" else hasattr(transformers, kind)
         if key and "auto_map" in content and not is_known:
@@ -74,6 +79,8 @@ def refuse_code(folder: Path) -> None:
             if not (folder / "tokenizer.json").is_file():  # transformers ignores it then: often the path of a cache
                 content.pop("tokenizer_file", None)
             _refuse_other_vocabulary(content, file)
+        elif name == "special_tokens_map.json":
+            _refuse_other_than_tokens(content, file)
         else:
             _refuse_other_processor(content, file)
     index = folder / "model.safetensors.index.json"
@@ -172,13 +179,54 @@ def _is_harmless(value: Any) -> bool:
     return not isinstance(value, str) or _PLAIN.fullmatch(value) is not None
 
 
+def _refuse_other_classes(content: Mapping[str, Any], file: Path) -> None:
+    """Make sure that classes are what their keys say: transformers makes any class of its own from such a name."""
+    from transformers import ImageProcessingMixin, PreTrainedTokenizerBase
+
+    kinds = {
+        "image_processor_type": ImageProcessingMixin,
+        "feature_extractor_type": ImageProcessingMixin,
+        "tokenizer_class": PreTrainedTokenizerBase,
+    }
+    for part, _ in _dicts_in(content):
+        for key in kinds.keys() & part.keys():
+            name = part[key]
+            if name is not None and not (isinstance(name, str) and _is_only(name, kinds[key], key)):
+                raise _would_load(file, key, name)
+
+
+def _is_only(name: str, kind: type, key: str) -> bool:
+    """Whether a name leads transformers to nothing but a class of one kind, a stand-in for one, or nowhere."""
+    import transformers
+    from transformers.utils.import_utils import DummyObject
+
+    stem = name.replace("FeatureExtractor", "ImageProcessor") if key == "feature_extractor_type" else name
+    stem = stem.removesuffix("Fast")
+    for candidate in (stem, f"{stem}Fast" if key == "tokenizer_class" else f"{stem}Pil"):
+        found = getattr(transformers, candidate, None)
+        if found is None or isinstance(found, DummyObject):  # one that raises on any use
+            continue
+        reads_pickles = key == "tokenizer_class" and ".deprecated." in str(getattr(found, "__module__", ""))
+        if reads_pickles or not (isinstance(found, type) and issubclass(found, kind)):
+            return False
+    return True
+
+
+def _refuse_other_than_tokens(content: Mapping[str, Any], file: Path) -> None:
+    """Make sure that only tokens are there: transformers takes them for arguments, paths of vocabularies included."""
+    for key, value in content.items():
+        if not key.endswith(("_token", "_special_tokens")):
+            raise _would_load(file, key, value)
+
+
 def _refuse_other_vocabulary(content: Mapping[str, Any], file: Path) -> None:
     """Files are found by their names; transformers 4 takes paths from here instead."""
     for part, _ in _dicts_in(content):
         for key, value in part.items():
             is_file = key.endswith(("_file", "_files", "_spm")) and key != "special_tokens_map_file"
             is_list_of_names = key == "fast_tokenizer_files" and isinstance(value, list) and _is_harmless(value)
-            if value and (key == "init_inputs" or (is_file and not is_list_of_names)):
+            is_path = key in ("vocab", "merges") and isinstance(value, str)
+            if value and (key == "init_inputs" or is_path or (is_file and not is_list_of_names)):
                 raise _would_load(file, key, value)
 
 
@@ -210,6 +258,7 @@ def refuse_other_sources(value: Any, file: Path) -> None:
     for key, item in value.items():
         if key == "name_or_path" and isinstance(item, dict):
             refuse_fetches(item, file)
+            _refuse_hints(item, file)
             continue
         other_tokenizer = key == "tokenizer" and item not in (None, HERE)
         has_scheme = isinstance(item, str) and item.partition(":")[0].strip().lower() in _SCHEMES
@@ -218,6 +267,28 @@ def refuse_other_sources(value: Any, file: Path) -> None:
         if other_tokenizer or has_scheme or is_odd or (loads and not (key in _NUMBERS_TOO and _holds_numbers(item))):
             raise _would_load(file, key, item)
         refuse_other_sources(item, file)
+
+
+def _refuse_hints(values: Mapping[str, Any], file: Path) -> None:
+    """Ours hold none; those of config.json are left out as it is read."""
+    for part, is_whole in _dicts_in(values):
+        for key, value in part.items():
+            if is_hint(key, value, is_whole=is_whole) and value:
+                raise _would_load(file, key, value)
+
+
+def is_hint(key: str, value: object, *, is_whole: bool) -> bool:
+    """Whether a field only says where a configuration came from, which kernels a machine had, or which code is its own.
+
+    Such are left out where one is read or stored.
+
+    Args:
+        key: The name of the field.
+        value: Its value.
+        is_whole: Whether it is a field of the whole configuration, or of a part, which some types load from there.
+    """
+    is_kernel = key.endswith(KERNEL_KEYS) and value not in ("eager", "sdpa")
+    return is_kernel or key in CODE_KEYS or (key == "_name_or_path" and not is_whole)
 
 
 def _holds_numbers(value: Any) -> bool:

@@ -33,6 +33,13 @@ def pull(repo_id: str, name: str, **options: Any) -> list[Any]:
     return outputs(from_pretrained(repo_id, **options), name)
 
 
+def save_again(repo_id: str, folder: str) -> None:
+    """Pull a model and save it."""
+    from iris_hf.models.hub import from_pretrained, save_pretrained
+
+    save_pretrained(from_pretrained(repo_id), folder)
+
+
 def create(repo_id: str, _: str, **options: Any) -> Any:
     """Make a classifier of a repository, in the way of a user who wants another head."""
     from iris_hf.models.sources.transformers import create_hf_model

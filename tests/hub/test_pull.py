@@ -199,9 +199,13 @@ def test_code_in_a_configuration_is_not_run(client, hub, tmp_path):
         client(hub_client.pull, "alice/coded4", "hf-vit")
     assert not (tmp_path / "trace").exists()
     changed = json.dumps({**config, "auto_map": code}).encode()  # a type that transformers has: its own code runs
-    hub.plant("models/alice/coded5", {**files, **evil, "config.json": changed})
+    processor = json.loads(files["preprocessor_config.json"]) | {"auto_map": {"AutoImageProcessor": "evil.Evil"}}
+    planted = {**evil, "config.json": changed, "preprocessor_config.json": json.dumps(processor).encode()}
+    hub.plant("models/alice/coded5", {**files, **planted})
     assert client(hub_client.pull, "alice/coded5", "hf-vit")
     assert not (tmp_path / "trace").exists()
+    client(hub_client.save_again, "alice/coded5", str(tmp_path / "saved"))  # which names that code no longer
+    assert not [f.name for f in (tmp_path / "saved").iterdir() if b"evil" in f.read_bytes()]
 
 
 @pytest.mark.parametrize(
@@ -292,8 +296,18 @@ EVIL_CONFIGS = {
     "quantization": ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config="),
     "detector-of-keypoints": (
         {"model_type": "lightglue", "trust_remote_code": True, "keypoint_detector_config": {"model_type": "evil"}},
-        "trust_remote_code=True",
+        "model_type='lightglue'",
     ),
+    "part-by-name": ({"model_type": "xcodec", "semantic_model_config": {"_name_or_path": "evil/code"}}, "'xcodec'"),
+    "other-class": ({"image_processor_type": "LightGlueConfig"}, "image_processor_type='LightGlueConfig'"),
+    "model-for-tokenizer": ({"tokenizer_class": "AutoModel"}, "tokenizer_class='AutoModel'"),
+}
+
+
+EVIL_PROCESSOR = {
+    "image_processor_type": "LightGlueConfig",
+    "trust_remote_code": True,
+    "keypoint_detector_config": {"model_type": "evil", "_name_or_path": "evil/code"},
 }
 
 
@@ -368,6 +382,17 @@ def test_a_recipe_holds_no_configuration_that_loads(client, hub, tmp_path):
         ("tokenizer_config.json", {"vocab_file": "/etc/passwd"}, r"would load vocab_file='/etc/passwd'"),
         ("tokenizer_config.json", {"init_inputs": ["/etc/passwd"]}, r"would load init_inputs="),
         ("tokenizer_config.json", {"sp_model_kwargs": {"model_file": "../x"}}, r"would load model_file='../x'"),
+        ("tokenizer_config.json", {"vocab": "/etc/passwd"}, r"would load vocab='/etc/passwd'"),
+        ("tokenizer_config.json", {"tokenizer_class": "AutoVideoProcessor"}, r"would load tokenizer_class='AutoVideo"),
+        ("tokenizer_config.json", {"tokenizer_class": "RagTokenizer"}, r"would load tokenizer_class='RagTokeni"),
+        ("special_tokens_map.json", {"vocab_file": "/etc/passwd"}, r"would load vocab_file='/etc/passwd'"),
+        ("preprocessor_config.json", EVIL_PROCESSOR, r"would load image_processor_type='LightGlueConfig'"),
+        ("processor_config.json", {"image_processor": EVIL_PROCESSOR}, r"would load image_processor_type='LightGlueC"),
+        (
+            "preprocessor_config.json",
+            {"feature_extractor_type": "EdgeTamConfig"},
+            r"would load feature_extractor_type=",
+        ),
         ("preprocessor_config.json", {"repo_path": "evil/base"}, r"would load repo_path='evil/base'"),
         ("processor_config.json", {"image_processor": {"repo_path": "evil/base"}}, r"would load repo_path='evil/base'"),
     ],

@@ -10,6 +10,7 @@ from torch import nn
 
 from iris_hf.errors import ConfigError, DataError
 from iris_hf.models.sources.open_clip import create_open_clip_model, create_tokenizer
+from models.words import save_word_tokenizer
 
 from .families import make
 
@@ -66,10 +67,12 @@ def test_transformers_tokenizer_gives_dicts_of_one_length(tmp_path):
     ("file", "content", "message"),
     [
         ("tokenizer_config.json", {"init_inputs": ["/etc/passwd"]}, "would load init_inputs="),
+        ("tokenizer_config.json", {"tokenizer_class": "AutoImageProcessor"}, "would load tokenizer_class='AutoImage"),
+        ("special_tokens_map.json", {"vocab": "/etc/passwd"}, "would load vocab='/etc/passwd'"),
         (
             "config.json",
             {"model_type": "lightglue", "trust_remote_code": True, "keypoint_detector_config": {"model_type": "evil"}},
-            "would load trust_remote_code=True",
+            "would load model_type='lightglue'",
         ),
     ],
 )
@@ -77,6 +80,18 @@ def test_a_tokenizer_loads_nothing_from_elsewhere(file, content, message, tmp_pa
     (tmp_path / file).write_text(json.dumps(content))
     with pytest.raises(DataError, match=message):
         create_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_reads_no_file_outside_its_folder(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("word")
+    name = save_word_tokenizer(tmp_path / "tokens", model_max_length=10)
+    file = tmp_path / "tokens" / "tokenizer_config.json"
+    for key, message in (("vocab_file", "would load vocab_file="), ("dictionary", "reads dictionary='.*secret'")):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"dictionary": None, key: str(secret)}))
+        with pytest.raises(DataError, match=message):
+            create_tokenizer(name)
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: None}))
 
 
 def test_the_path_of_a_cache_in_an_old_tokenizer_is_no_matter(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 
 from iris_hf.errors import ConfigError, DataError, IrisHFError, unknown_name
 from iris_hf.models.pull import fetch
-from iris_hf.models.trust import KERNEL_KEYS, read_json, refuse_code
+from iris_hf.models.trust import is_hint, read_json, refuse_code
 
 _OLD_FIELDS = ("backbone", "backbone_kwargs", "use_pretrained_backbone", "use_timm_backbone")  # still understood by 5.x
 
@@ -26,10 +26,9 @@ def _is_model_type(source: Any, pretrained: bool) -> bool:
 
 def describe_config(settings: Any) -> dict[str, Any]:
     """A configuration as JSON values, without the folders that it and its parts came from."""
-    described: dict[str, Any] = json.loads(
-        json.dumps(settings.to_dict(), default=lambda dtype: str(dtype).removeprefix("torch.")),
-        object_hook=lambda part: {k: v for k, v in part.items() if k != "_name_or_path"},
-    )
+    text = json.dumps(settings.to_dict(), default=lambda dtype: str(dtype).removeprefix("torch."))
+    described: dict[str, Any] = _without_hints(json.loads(text))
+    described.pop("_name_or_path", None)
     return described
 
 
@@ -94,6 +93,19 @@ def fetch_stored(source: object, *, pretrained: bool, revision: str | None) -> P
     return folder
 
 
+def config_beside(folder: Path) -> Any:
+    """The configuration in a folder, read as that of a model is: transformers would read it anew, with all it names.
+
+    A bare one if there is none, or none that tells its type: transformers would look for that in the folder's name.
+    """
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    file = folder / "config.json"
+    values = read_json(file) if file.is_file() else {}
+    is_known = values.get("model_type") in CONFIG_MAPPING or "pretrained_cfg" in values
+    return _read_config(folder) if is_known else PretrainedConfig()
+
+
 def _read_config(folder: Path) -> Any:
     """The configuration in a folder, in which attention is what this transformers chooses unless eager or sdpa."""
     from transformers import CONFIG_MAPPING
@@ -126,17 +138,16 @@ def _check_classes(values: Mapping[str, Any], file: Path) -> None:
 
 
 def _without_hints(value: Any, *, is_whole: bool = True) -> Any:
-    """JSON values without what only says where they came from, or which kernels a machine had."""
+    """JSON values without what only says where they came from, which kernels a machine had, or what code is theirs."""
     if isinstance(value, list):
         return [_without_hints(item, is_whole=False) for item in value]
     if not isinstance(value, dict):
         return value
-    kept = {}
-    for key, item in value.items():
-        is_kernel = key.endswith(KERNEL_KEYS) and item not in ("eager", "sdpa")
-        if not is_kernel and (is_whole or key != "_name_or_path"):  # some types load a part from there
-            kept[key] = _without_hints(item, is_whole=False)
-    return kept
+    return {
+        key: _without_hints(item, is_whole=False)
+        for key, item in value.items()
+        if not is_hint(key, item, is_whole=is_whole)
+    }
 
 
 def _parts_of(settings: Any) -> Iterator[Any]:

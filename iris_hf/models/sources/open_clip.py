@@ -17,8 +17,8 @@ from iris_hf.models.image_spec import ImageSpec, make_image_spec
 from iris_hf.models.pull import fetch
 from iris_hf.models.recipe import record
 from iris_hf.models.sources.packaged import resolve_packaged
+from iris_hf.models.sources.tokenizers import load_hf_tokenizer
 from iris_hf.models.text_encoder import TextEncoder
-from iris_hf.models.trust import refuse_code
 
 _RESIZE = {"shortest": "crop", "squash": "squash"}
 _PADDED_LENGTH = 77  # of CLIP; SigLIP takes 64
@@ -216,16 +216,15 @@ def _open_clip_tokenizer(name: str, max_length: int | None) -> Tokenizer:
 
 
 def _load_hf_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
     source = resolve_packaged(name)
     try:
         folder = fetch(source, revision=None, local_files_only=False, weights=False)
     except IrisHFError as error:
         raise ConfigError(f"{name!r} is no architecture of open_clip, and no tokenizer is there: {error}") from error
-    refuse_code(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return load_hf_tokenizer(folder)
+    except DataError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"{name!r} is no architecture of open_clip, and transformers finds no tokenizer there: {error}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 
 from iris_hf.errors import DataError
 from iris_hf.models.image_spec import ImageSpec, Normalize
+from iris_hf.models.sources.configurations import config_beside
 from iris_hf.models.sources.image_text import IMAGE_TEXT_TYPES
 from iris_hf.models.sources.timm import fields_of_timm
 from iris_hf.models.transforms import create_image_transform
+from iris_hf.models.trust import CODE_KEYS
 
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers, as processors store them."""
@@ -34,9 +37,13 @@ def load_processor(source: str) -> Any:
         return None
     slow = {"use_fast": False} if transformers.__version__.startswith("4.") else {}
     try:
-        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **slow)
+        settings = config_beside(Path(source))
+        processor = AutoImageProcessor.from_pretrained(source, config=settings, trust_remote_code=False, **slow)
     except Exception as error:
         raise DataError(f"The image processor of {source!r} cannot be loaded: {error}") from error
+    for key in CODE_KEYS:
+        processor.__dict__.pop(key, None)
+    return processor
 
 
 def describe_processor(processor: Any) -> tuple[dict[str, Any], str | None]:
