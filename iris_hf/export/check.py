@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,6 +75,8 @@ def make_session(model: bytes | Path, *, num_threads: int | None = None, provide
     if providers is None:
         available = onnxruntime.get_available_providers()
         providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
+    if isinstance(model, bytes):  # they hold all weights: ONNX Runtime would look for others in the working directory
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     source = model if isinstance(model, bytes) else str(model)
     return onnxruntime.InferenceSession(source, options, providers=list(providers))
 

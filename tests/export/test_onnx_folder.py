@@ -193,6 +193,26 @@ def test_folders_that_hold_no_export_are_refused(tmp_path):
         load_onnx(tmp_path)
 
 
+def test_a_graph_reads_no_weights_from_other_files(tmp_path, monkeypatch):
+    import onnx
+
+    export_onnx(Stepped(), input_size=16, folder=tmp_path / "model")
+    file = tmp_path / "model" / "model.onnx"
+    graph = onnx.load(str(file))
+    for weights in graph.graph.initializer:
+        content = onnx.numpy_helper.to_array(weights).tobytes()
+        for folder in (tmp_path, tmp_path / "model"):
+            (folder / f"{weights.name}.bin").write_bytes(content)
+        weights.ClearField("raw_data")
+        weights.ClearField("float_data")
+        weights.data_location = onnx.TensorProto.EXTERNAL
+        weights.external_data.add(key="location", value=f"{weights.name}.bin")
+    file.write_bytes(graph.SerializeToString())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"ONNX Runtime cannot read .*External data path does not exist"):
+        load_onnx(tmp_path / "model")
+
+
 def test_the_folder_holds_labels_configuration_and_errors(tmp_path):
     export = export_onnx_model(make("hf-vit"), folder=tmp_path)
     assert json.loads((tmp_path / "labels.json").read_text()) == NAMES
