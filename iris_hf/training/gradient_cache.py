@@ -184,7 +184,8 @@ class CachedPass:
         results = []
         for part in parts:
             with self.accelerator.autocast(), self.plugins.forward_context():
-                results.append(module(to_device(part, self.accelerator.device)))
+                features = module(to_device(part, self.accelerator.device))
+            results.append(like_features(features, self._own(feature_tensors(features))))
         columns = make_columns(list(map(feature_tensors, results)), results[0], list(map(count_examples, parts)))
         tensors = [column.join() for column in columns]
         with self.accelerator.autocast(), together(False):
@@ -232,9 +233,13 @@ class CachedPass:
             self._learn(tensors, calls, before)
             if position < min(self.num_kept_graphs or 0, limit):
                 return _Cached(features, tensors, state, has_graph=True)
-        tensors = [tensor.detach() for tensor in tensors]
+        tensors = self._own(tensors)
         calls = {module: outputs for module, outputs in calls.items() if module in self.frozen}
         return _Cached(like_features(features, tensors), tensors, state, has_graph=False, calls=calls)
+
+    def _own(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Detach features; those of a compiled model lie where its next call, by CUDA graphs, may write its own."""
+        return [tensor.detach().clone() if self.compiled else tensor.detach() for tensor in tensors]
 
     def _measure(self, part: Any) -> Any:
         """Compute the features of a sub-batch that is to teach something, and count what its graph holds."""
