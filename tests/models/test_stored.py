@@ -46,8 +46,15 @@ def test_class_names_of_the_caller_go_before_gaps_and_doubles(tmp_path):
     make("hf-vit").network.network.save_pretrained(tmp_path)
     store(tmp_path / "config.json", id2label={"0": "crane", "1": "crane", "2": "z"})
     assert create_hf_model(tmp_path, target_type="multiclass").class_names == ["crane", "crane", "z"]
-    store(tmp_path / "config.json", id2label={"0": "x", "2": "y", "5": "z"}, num_labels=3)
+    store(tmp_path / "config.json", id2label={"0": "x", "2": "y", "5": "z"})
     assert create_hf_model(tmp_path, target_type="multiclass", class_names=NAMES).class_names == NAMES
+    store(tmp_path / "config.json", id2label={"0": "x", "1": "y"})
+    with pytest.raises(DataError, match=r"don't belong to its configuration. mismatched keys: classifier.*class_names"):
+        create_hf_model(tmp_path, target_type="multiclass")
+    assert create_hf_model(tmp_path, target_type="multiclass", class_names=["x", "y"]).num_classes == 2
+    store(tmp_path / "config.json", num_labels=5)
+    with pytest.raises(DataError, match=r"config.json' holds num_labels=5, and id2label names 2 classes. Correct one"):
+        create_hf_model(tmp_path, target_type="multiclass", class_names=NAMES)
     store(tmp_path / "config.json", id2label=None, num_labels="3")
     with pytest.raises(DataError, match=r"config.json' holds num_labels='3', which must be a whole number"):
         create_hf_model(tmp_path, target_type="multiclass", class_names=NAMES)

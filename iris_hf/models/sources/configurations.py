@@ -135,6 +135,10 @@ def _check_classes(values: Mapping[str, Any], file: Path) -> None:
         raise DataError(f"{str(file)!r} holds id2label={names!r}. It must give numbers names: {{'0': 'cat'}}.")
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
         raise DataError(f"{str(file)!r} holds num_labels={count!r}, which must be a whole number.")
+    if names and count is not None and len(names) != count:
+        raise DataError(
+            f"{str(file)!r} holds num_labels={count}, and id2label names {len(names)} classes. Correct one."
+        )
 
 
 def _without_hints(value: Any, *, is_whole: bool = True) -> Any:

@@ -197,6 +197,7 @@ def _create(
     settings = make_config(folder or source, config or {}, pretrained=pretrained)
     target_type = target_type or _infer_target_type(settings, source)
     _check_options(target_type, loss=loss, tokenizer=tokenizer)
+    has_new_classes = class_names is not None
     class_names = _set_classes(settings, target_type, class_names, source=source, pretrained=pretrained)
 
     auto_class = getattr(transformers, _AUTO_CLASSES[target_type])
@@ -211,7 +212,7 @@ def _create(
         network, wrong = load_network(auto_class, str(folder), settings, exact=exact)
         if not exact and target_type == "image_text":  # it gets no new head: all that it needs has to be there
             wrong.pop("unexpected_keys", None)
-        elif not exact:
+        elif not exact and (has_new_classes or "mismatched_keys" not in wrong):
             wrong = allow_new_head(auto_class, network, wrong)
         refuse_wrong_weights(source, wrong)
     else:

@@ -86,7 +86,10 @@ def refuse_wrong_weights(source: object, wrong: Mapping[str, list[str]]) -> None
     """
     if wrong:
         listed = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:3])}" for k, v in wrong.items())
-        raise DataError(f"The weights of {str(source)!r} don't belong to its configuration. {listed}.")
+        raise DataError(
+            f"The weights of {str(source)!r} don't belong to its configuration. {listed}. "
+            "create_hf_model with class_names gives a model for images another head."
+        )
 
 
 def check_weights(folder: Path) -> None:
