@@ -19,6 +19,7 @@ from datasets.distributed import split_dataset_by_node
 from iris_hf.data.columns import IGNORE_INDEX, Layout, find_layout
 from iris_hf.data.hf_targets import check_mask_size, read_classes, read_targets
 from iris_hf.data.images import decode_image, encode_image, read_image_bytes
+from iris_hf.data.trust import find_origin, refuse_foreign_files, refuse_foreign_rows, steps_of
 from iris_hf.errors import ConfigError, DataError, require_integer
 from iris_hf.types import TargetType
 
@@ -64,6 +65,9 @@ def from_hf(
 
     Raises:
         ConfigError: If the target type cannot be inferred or the columns do not fit it; the message lists them.
+        DataError: If a row of a repository of the Hub names a file that is not of the repository; of a stream that
+            comes with the row. Rows that the caller mapped may name any, and so may a column of text that was cast to
+            images, except in a stream.
     """
     if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         raise ConfigError(f"Give one split of the data set, such as dataset[{next(iter(dataset), 'train')!r}].")
@@ -79,8 +83,12 @@ def from_hf(
         ignore_index=ignore_index,
         fix_boxes=fix_boxes,
     )
-    is_map_style = isinstance(dataset, datasets.Dataset)
-    return HFDataset(dataset, layout) if is_map_style else HFIterableDataset(dataset, layout)
+    if isinstance(dataset, datasets.IterableDataset):
+        return HFIterableDataset(dataset, layout)
+    origin = find_origin(dataset)
+    if origin is not None:
+        refuse_foreign_files(dataset, origin, except_cast=True)
+    return HFDataset(dataset, layout)
 
 
 class HFDataset(torch.utils.data.Dataset[Any]):
@@ -199,6 +207,7 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
         self.layout = layout
         self._rows = hf_dataset.with_format(None).select_columns(layout.columns).decode(False)
         self._types = {name: layout_type.type for name, layout_type in zip(*_arrow_fields(self._rows), strict=True)}
+        self._origin = find_origin(hf_dataset)
 
     @property
     def target_type(self) -> TargetType:
@@ -216,8 +225,8 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
         return len(self.layout.class_names or ())
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        for position, table in enumerate(self._tables()):
-            yield _examples(table, self.layout, [position])[0]
+        for position, row in enumerate(self._rows):
+            yield self.make_example(row, position)
 
     @property
     def num_shards(self) -> int:
@@ -225,7 +234,7 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
 
         One, where the data set skips or takes rows, or alternates between sources: it would do so in every part.
         """
-        is_whole = any(isinstance(step, (*_CUTS, *_ALTERNATIONS)) for step in _steps(self.hf_dataset._ex_iterable))
+        is_whole = any(isinstance(step, (*_CUTS, *_ALTERNATIONS)) for step in steps_of(self.hf_dataset._ex_iterable))
         return 1 if is_whole else int(self.hf_dataset.num_shards)
 
     @property
@@ -278,7 +287,7 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
             row: From :meth:`iter_rows`.
             position: What error messages call it.
         """
-        return _examples(self._table(row), self.layout, [position])[0]
+        return _examples(self._table(row, position), self.layout, [position])[0]
 
     def get_all_targets(self) -> list[Any]:
         """Read all targets, of their columns alone: no image is decoded."""
@@ -286,12 +295,14 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
         if not columns:
             return [None for _ in self._rows]
         rows = self.hf_dataset.with_format(None).select_columns(columns).decode(False)
-        return [read_targets(self._table(row), self.layout, [position])[0] for position, row in enumerate(rows)]
+        return [
+            read_targets(self._table(row, position), self.layout, [position])[0] for position, row in enumerate(rows)
+        ]
 
     def iter_encoded(self) -> Iterator[tuple[Any, Any]]:
         """Iterate over (raw input, target) with images as encoded bytes."""
-        for position, table in enumerate(self._tables()):
-            yield _examples(table, self.layout, [position], decode=False)[0]
+        for position, row in enumerate(self._rows):
+            yield _examples(self._table(row, position), self.layout, [position], decode=False)[0]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, which seeds a shuffled data set.
@@ -318,15 +329,14 @@ class HFIterableDataset(torch.utils.data.IterableDataset[Any]):
         return f"HFIterableDataset({self.target_type}, {self.num_classes} classes)"
 
     def _is_cut_after_shuffling(self) -> bool:
-        steps = _steps(self.hf_dataset._ex_iterable)
+        steps = steps_of(self.hf_dataset._ex_iterable)
         return any(isinstance(step, _CUTS) and _shuffled_by(step) for step in steps)
 
-    def _tables(self) -> Iterator[pa.Table]:
-        for row in self._rows:
-            yield self._table(row)
-
-    def _table(self, row: dict[str, Any]) -> pa.Table:
-        return pa.table({name: pa.array([_undecoded(row[name])], type=self._types[name]) for name in row})
+    def _table(self, row: dict[str, Any], position: int) -> pa.Table:
+        table = pa.table({name: pa.array([_undecoded(row[name])], type=self._types[name]) for name in row})
+        if self._origin is not None:
+            refuse_foreign_rows(table, {name: self._rows.features[name] for name in row}, self._origin, position)
+        return table
 
 
 def _whole_columns(dataset: datasets.Dataset, columns: list[str]) -> pa.Table:
@@ -362,19 +372,11 @@ def _undecoded(value: Any) -> Any:
     return [_undecoded(item) for item in value] if isinstance(value, list) else value
 
 
-def _steps(ex_iterable: Any) -> Iterator[Any]:
-    """Yield the steps of a stream, from its sources on."""
-    for source in [getattr(ex_iterable, "ex_iterable", None), *getattr(ex_iterable, "ex_iterables", ())]:
-        if source is not None:
-            yield from _steps(source)
-    yield ex_iterable
-
-
 def _shuffled_by(ex_iterable: Any) -> list[str]:
     """Describe the steps of a stream that draw random numbers, and the generators that they draw from."""
     return [
         f"{getattr(step, 'buffer_size', None)} {step.generator.bit_generator.state}"
-        for step in _steps(ex_iterable)
+        for step in steps_of(ex_iterable)
         if getattr(step, "generator", None) is not None
     ]
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.utils.data import Dataset
 
-from iris_hf.errors import ConfigError
+from iris_hf.errors import ConfigError, DataError, IrisHFError
 from iris_hf.types import TargetType
+
+if TYPE_CHECKING:
+    from iris_hf.data.trust import Origin
+
+_DESCRIPTIONS = ("README.md", ".huggingface.yaml")
+"""What may say which files a data set consists of."""
 
 
 class LoadedDataset(NamedTuple):
@@ -38,6 +44,8 @@ def load_hf_dataset(
 ) -> LoadedDataset:
     """Load a data set of the Hub, an image folder, a Parquet file, or a folder of `save_to_disk`.
 
+    Nothing but the files of the data set itself is read or asked for, whatever its rows and its description name.
+
     Args:
         path: A folder of `save_to_disk`, a folder of images, a `.parquet` file, or a repository of the Hub.
         split: Which split; None takes the only one.
@@ -49,32 +57,30 @@ def load_hf_dataset(
     Raises:
         ConfigError: If nothing can be loaded, there are several splits and none is named, there is nothing that
             `split`, `name` or `revision` could choose from, or the columns are not known.
+        DataError: If it names files or addresses outside of it, as the path of an image or as data of a split; if it
+            is a script, or the Hub or a file fails in another way.
     """
     import datasets
 
     from iris_hf.data.hf_dataset import from_hf
+    from iris_hf.data.trust import refuse_foreign_files
 
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise ConfigError(f"path must be a folder, a .parquet file or a repository of the Hub, got {path!r}.")
     if split is not None and not isinstance(split, str):
         raise ConfigError(f"split must be the name of one split, got {split!r}.")
-    source, folder = str(path), Path(path)
-    if revision is not None and folder.exists():
+    source = str(path)
+    if revision is not None and Path(path).exists():
         raise ConfigError(f"{source!r} is a local path, which has no revisions. Leave out revision={revision!r}.")
     try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            loaded = datasets.load_from_disk(source)
-        elif folder.suffix == ".parquet":
-            loaded = datasets.load_dataset("parquet", data_files=source)
-        elif folder.is_dir() and not any(folder.glob("*.py")) and not any(folder.rglob("*.parquet")):
-            loaded = datasets.load_dataset("imagefolder", data_dir=source)
-        else:
-            loaded, name = datasets.load_dataset(source, name, revision=revision), None
+        loaded, origin = _load(source, name, revision)
+    except IrisHFError:
+        raise
     except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = f" {error.__cause__}" if error.__cause__ is not None else ""
         raise ConfigError(f"No dataset could be loaded from {source!r}: {error}{cause}") from error
-    if name is not None:
-        raise ConfigError(f"{source!r} has no configurations, as repositories have them. Leave out name={name!r}.")
+    except Exception as error:
+        raise DataError(f"No dataset could be loaded from {source!r}: {_advice(error)}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split is None and len(loaded) == 1:
             split = next(iter(loaded))
@@ -86,9 +92,76 @@ def load_hf_dataset(
         loaded = loaded[split]
     elif split not in (None, str(loaded.split)):
         raise ConfigError(f"{source!r} is one data set without splits. Leave out split={split!r}.")
+    refuse_foreign_files(loaded, origin)
     dataset: Any = from_hf(loaded, target_type=target_type, class_names=class_names)
     names = list(dataset.class_names or ())
     return LoadedDataset(dataset, names, len(names))
+
+
+def _load(source: str, name: str | None, revision: str | None) -> tuple[Any, Origin]:
+    """Load what a path stands for, and tell where its rows' files may lie."""
+    import datasets
+
+    from iris_hf.data import trust
+
+    folder = Path(source)
+    is_saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    is_file = folder.suffix == ".parquet"
+    is_of_images = folder.is_dir() and not any(folder.glob("*.py")) and not any(folder.rglob("*.parquet"))
+    if name is not None and (is_saved or is_file or is_of_images):
+        raise ConfigError(f"{source!r} has no configurations, as repositories have them. Leave out name={name!r}.")
+    if is_saved:
+        trust.refuse_foreign_tables(folder)
+        return datasets.load_from_disk(source), trust.folder_origin(folder)
+    if is_file:
+        return datasets.load_dataset("parquet", data_files=source), trust.folder_origin(folder.parent)
+    if is_of_images:
+        return datasets.load_dataset("imagefolder", data_dir=source), trust.folder_origin(folder)
+    if folder.is_dir():
+        for description in map(folder.joinpath, _DESCRIPTIONS):
+            if description.is_file():
+                trust.refuse_foreign_data_files(source, description)
+        return datasets.load_dataset(source, name), trust.folder_origin(folder)
+    if source.removeprefix("hf://").startswith("buckets/"):
+        raise ConfigError(f"{source!r} is a bucket. Load it with datasets.load_dataset, and give that to from_hf.")
+    repo_id = source.removeprefix("hf://datasets/")
+    commit = _check_repository(repo_id, revision)
+    return datasets.load_dataset(source, name, revision=commit), trust.repository_origin(repo_id)
+
+
+def _check_repository(repo_id: str, revision: str | None) -> str | None:
+    """Check which files a repository says that it consists of, and give the commit that says so.
+
+    Where the Hub does not tell the commit, it is left to `datasets` to say why, or to take what is in its cache.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    from iris_hf.data.trust import refuse_foreign_data_files
+
+    api = HfApi()
+    try:
+        commit = api.dataset_info(repo_id, revision=revision).sha
+    except Exception:
+        return revision
+    for description in _DESCRIPTIONS:
+        try:
+            file = api.hf_hub_download(repo_id, description, repo_type="dataset", revision=commit)
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            continue
+        refuse_foreign_data_files(repo_id, Path(file))
+    return commit
+
+
+def _advice(error: Exception) -> str:
+    if isinstance(error, RuntimeError) and "scripts" in str(error):
+        return (
+            "it holds a script, which is not run. The Hub keeps the rows of many such repositories as Parquet: try "
+            "revision='refs/convert/parquet'. Of a local folder, give one that holds the data files alone."
+        )
+    return f"{type(error).__name__}: {error}"
 
 
 def save_hf_dataset(

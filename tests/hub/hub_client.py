@@ -327,3 +327,62 @@ def push_unsavable(repo_id: str) -> None:
     from iris_hf.hub.push_model import push_to_hub
 
     push_to_hub(nn.Conv2d(1, 1, 1), repo_id)
+
+
+def first_sizes(repo_id: str, **options: Any) -> dict[str, Any]:
+    """Load a data set in each way, and give the sizes of its images, or why it was refused."""
+    import datasets
+
+    import iris_hf
+    from iris_hf.errors import IrisHFError
+
+    def stream(**options: Any) -> Any:
+        return iris_hf.from_hf(datasets.load_dataset(repo_id, split="train", streaming=True), **options)
+
+    ways = {
+        "load_hf_dataset": lambda: iris_hf.load_hf_dataset(repo_id, split="train", **options).dataset,
+        "from_hf": lambda: iris_hf.from_hf(datasets.load_dataset(repo_id, split="train"), **options),
+        "stream": lambda: stream(**options),
+        "targets of a stream": lambda: [(None, target) for target in stream(**options).get_all_targets()],
+    }
+    found: dict[str, Any] = {}
+    for way, load in ways.items():
+        try:
+            found[way] = sorted(str(getattr(image, "size", image)) for image, _ in load())
+        except IrisHFError as error:
+            found[way] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def why_refused(repo_id: str) -> str:
+    """Load a data set, and give the message of the error."""
+    import iris_hf
+    from iris_hf.errors import IrisHFError
+
+    try:
+        iris_hf.load_hf_dataset(repo_id)
+    except IrisHFError as error:
+        return f"{type(error).__name__}: {error}"
+    return "not refused"
+
+
+def images_of_ones_own(repo_id: str, image: str) -> list[tuple[int, int]]:
+    """Put images of one's own beside the rows of a repository, and give their sizes."""
+    import datasets
+
+    import iris_hf
+
+    def add(row: dict[str, Any]) -> dict[str, Any]:
+        return {"image": {"bytes": None, "path": image}, "label": 0}
+
+    def sizes(rows: Any) -> Any:
+        return next(iter(iris_hf.from_hf(rows, class_names=["a"])))[0].size
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = datasets.load_dataset(repo_id, split="train")
+    stream = datasets.load_dataset(repo_id, split="train", streaming=True)
+    return [
+        sizes(rows.map(add, remove_columns=rows.column_names, features=features)),
+        sizes(stream.map(add, remove_columns=rows.column_names, features=features)),
+        sizes(rows.rename_columns({"text": "image"}).cast_column("image", datasets.Image())),
+    ]
