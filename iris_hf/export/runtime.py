@@ -15,6 +15,7 @@ from iris_hf.export.examples import Batch, is_list_of_images, split_inputs
 from iris_hf.export.folder import MODEL_FILE, make_spec, read_description
 from iris_hf.export.structure import names_in, rebuild
 from iris_hf.models.hub import EXPORT_FILE
+from iris_hf.models.sources.open_clip_text import comes_with_open_clip
 from iris_hf.models.trust import HERE
 
 
@@ -159,11 +160,9 @@ def load_onnx(
 
 
 def _tokenizer_beside(folder: Path, name: object) -> str | None:
-    """The name of an export's tokenizer: its folder, one that open_clip knows, or None."""
+    """The name of an export's tokenizer: its folder, one that comes with open_clip, or None."""
     if name is None or name == HERE:
         return None if name is None else str(folder)
-    import open_clip
-
-    if name not in open_clip.list_models():
+    if not isinstance(name, str) or not comes_with_open_clip(name):
         raise DataError(f"{str(folder)!r} names the tokenizer {name!r}. Only what lies beside it is loaded.")
-    return str(name)
+    return name

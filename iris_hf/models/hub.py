@@ -51,12 +51,12 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
             :func:`iris_hf.models.recipe.register_model_factory`; trained or not.
         folder: Made if absent. A model that it held is replaced with all of its files, once the new one is written;
             other files stay. The image processor and the tokenizer go there, too, where the model has one of
-            transformers.
+            transformers; the configuration of open_clip's text tower of transformers is in `iris_hf.json`.
 
     Raises:
-        ConfigError: If the model, or a part of it, was made otherwise, or the folder holds an export to ONNX, whose
-            configuration and preprocessor have the same names.
-        DataError: If an argument of its making names what would be loaded from elsewhere, such as `hf_model_name`.
+        ConfigError: If the model, or a part of it, was made otherwise, its tokenizer cannot be had, or the folder holds
+            an export to ONNX, whose configuration and preprocessor have the same names.
+        DataError: If an argument of its making names what would be loaded from elsewhere, such as `weights`.
     """
     from safetensors.torch import save_file
 
@@ -125,9 +125,10 @@ def from_pretrained(
     """
     folder = fetch(folder_or_repo_id, revision=revision, local_files_only=local_files_only)
     model = _load(folder).eval()
-    if (folder / _TOKENIZER_FILE).is_file():
-        for part in _parts_with_tokenizer(model):
-            part.tokenizer_name = str(folder)  # type: ignore[assignment]
+    beside = str(folder) if (folder / _TOKENIZER_FILE).is_file() else None
+    for part in _parts_with_tokenizer(model):
+        if beside is not None or part.tokenizer_name == HERE:
+            part.tokenizer_name = beside  # type: ignore[assignment]
     return model
 
 
@@ -213,12 +214,10 @@ def _read_recipe(file: Path) -> dict[str, Any]:
 
 def _parts_with_tokenizer(model: nn.Module) -> list[nn.Module]:
     """The parts of a model that name a tokenizer of transformers; open_clip brings its own."""
-    parts = [m for m in model.modules() if isinstance(m.__dict__.get("tokenizer_name"), str)]
-    if not parts:
-        return []
-    import open_clip
+    from iris_hf.models.sources.open_clip_text import comes_with_open_clip
 
-    return [m for m in parts if m.tokenizer_name not in open_clip.list_models()]
+    parts = [m for m in model.modules() if isinstance(m.__dict__.get("tokenizer_name"), str)]
+    return [m for m in parts if not comes_with_open_clip(str(m.tokenizer_name))]
 
 
 def save_tokenizer(model: nn.Module, folder: Path) -> bool:
@@ -229,12 +228,12 @@ def save_tokenizer(model: nn.Module, folder: Path) -> bool:
     """
     from iris_hf.models.sources.open_clip import create_tokenizer
 
-    names = sorted({str(part.tokenizer_name) for part in _parts_with_tokenizer(model)})
-    if len(names) > 1:
-        raise ConfigError(f"A folder holds one tokenizer, and this model has several: {', '.join(names)}.")
-    for name in names:
-        create_tokenizer(name).save(folder)
-    return bool(names)
+    parts = {str(part.tokenizer_name): part for part in _parts_with_tokenizer(model)}
+    if len(parts) > 1:
+        raise ConfigError(f"A folder holds one tokenizer, and this model has several: {', '.join(sorted(parts))}.")
+    for part in parts.values():
+        create_tokenizer(part).save(folder)
+    return bool(parts)
 
 
 def _point_here(value: Any) -> Any:

@@ -27,6 +27,8 @@ KERNEL_KEYS = tuple(f"{part}_implementation{end}" for part in ("attn", "experts"
 """How fields of a configuration end that say which code computes attention and experts."""
 
 _HF_FACTORIES = ("create_hf_model", "create_hf_text_encoder")
+_HF_CONFIGS = ("name_or_path", "hf_model_name")
+_TOKENIZERS = ("tokenizer", "hf_tokenizer_name")
 _FETCHING_TYPES = ("edgetam", "lightglue", "xcodec")
 """Types whose configurations make transformers 4 fetch others."""
 
@@ -255,12 +257,19 @@ def refuse_other_sources(value: Any, file: Path) -> None:
     arguments = value.get("arguments")
     if value.get("factory") in _HF_FACTORIES and isinstance(arguments, dict) and arguments.get("config"):
         raise _would_load(file, "config", arguments["config"])  # ours hold the whole configuration, unchanged
+    if value.get("factory") == "create_open_clip_model" and isinstance(arguments, dict):
+        config = arguments.get("config")
+        text = config.get("text_cfg") if isinstance(config, dict) else None
+        if not isinstance(text, dict) or not {"hf_model_name", "hf_tokenizer_name"} <= text.keys():
+            raise _would_load(file, "name", arguments.get("name"))  # which may stand for repositories
     for key, item in value.items():
-        if key == "name_or_path" and isinstance(item, dict):
+        if key in _TOKENIZERS and item in (None, HERE):
+            continue
+        if key in _HF_CONFIGS and isinstance(item, dict):
             refuse_fetches(item, file)
             _refuse_hints(item, file)
             continue
-        other_tokenizer = key == "tokenizer" and item not in (None, HERE)
+        other_tokenizer = key in _TOKENIZERS
         has_scheme = isinstance(item, str) and item.partition(":")[0].strip().lower() in _SCHEMES
         is_odd = key == "timm_model_name" and isinstance(item, str) and not _PLAIN.fullmatch(item)
         loads = bool(item) and (key == "name_or_path" or "pretrained" in key or key in _ELSEWHERE)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from models.families import FAMILIES, NAMES, make, make_batch
 from models.resnet20 import load_cifar10, load_resnet20
-from models.words import save_word_tokenizer
+from models.words import open_clip_config, save_bert, save_word_tokenizer
 from onnx_models import HAS_OPTIMUM, HAS_RUNTIME, Stepped, enliven, zero_shot
 
 import iris_hf
@@ -20,8 +20,9 @@ from iris_hf.cli import main
 from iris_hf.errors import ConfigError, DataError
 from iris_hf.export.onnx import export_onnx, export_onnx_model
 from iris_hf.export.runtime import OnnxModel, load_onnx
+from iris_hf.models.contrastive import split_image_text_model
 from iris_hf.models.hub import from_pretrained, save_pretrained
-from iris_hf.models.sources.open_clip import create_tokenizer
+from iris_hf.models.sources.open_clip import create_open_clip_model, create_tokenizer
 from iris_hf.models.sources.text_encoders import create_hf_text_encoder
 from iris_hf.models.transforms import create_image_transform
 from iris_hf.tasks import TASKS
@@ -275,6 +276,21 @@ def test_the_tokenizer_travels_with_the_export(tmp_path):
             continue
         with pytest.raises(DataError, match=rf"names the tokenizer '{name}'. Only what lies beside it is loaded"):
             load_onnx(folder)
+
+
+def test_a_text_tower_of_open_clip_is_exported_with_its_tokenizer(tmp_path):
+    name = save_bert(tmp_path / "bert")
+    options = {"clean": "canonicalize", "strip_sep_token": True}
+    config = open_clip_config(name, hf_model_name=name, tokenizer_kwargs=options)
+    model = create_open_clip_model("alices-clip", config=config).eval()
+    save_pretrained(model, tmp_path / "saved")
+    tokens = create_tokenizer(model)(["A big, red DOG.", "two cats"])
+    text_model = split_image_text_model(from_pretrained(tmp_path / "saved")).text_model
+    export_onnx(text_model, folder=tmp_path / "exported")
+    loaded = load_onnx(tmp_path / "exported")
+    assert torch.equal(create_tokenizer(loaded)(["A big, red DOG.", "two cats"]), tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.prediction_step(tokens), model.encode_text(tokens), atol=1e-5, rtol=0)
 
 
 def test_the_command_line_and_jobs_take_an_exported_folder(tmp_path, capsys):

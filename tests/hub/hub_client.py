@@ -153,6 +153,40 @@ def pull_pairs(repo_id: str) -> tuple[list[Any], list[int]]:
     return text_features(model), iris_hf.create_tokenizer(model)("a big red dog")["input_ids"].tolist()
 
 
+def push_open_clip(repo_id: str, folder: str) -> tuple[list[str], list[Any]]:
+    """Push a model of open_clip around a text model in a local folder."""
+    import shutil
+
+    import torch
+    from models.words import open_clip_config, save_bert
+
+    import iris_hf
+    from iris_hf.hub.push_model import push_to_hub
+
+    bert = save_bert(Path(folder))
+    options = {"clean": "canonicalize", "strip_sep_token": True}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = iris_hf.create_open_clip_model(
+            "alices-clip", config=open_clip_config(bert, hf_model_name=bert, tokenizer_kwargs=options)
+        )
+    pushed = push_to_hub(model, repo_id)
+    facts = [iris_hf.create_tokenizer(model)(["A big, red DOG."]).numpy(), *text_features(model)]
+    shutil.rmtree(folder)
+    return list(pushed.files), facts
+
+
+def pull_open_clip(repo_id: str) -> list[Any]:
+    """Pull it, and give the tokens of a text, by the model and by the repository's name, and its features."""
+    import iris_hf
+    from iris_hf.models.hub import from_pretrained
+
+    model = from_pretrained(repo_id)
+    by_model, by_name = (iris_hf.create_tokenizer(of)(["A big, red DOG."]).numpy() for of in (model, repo_id))
+    assert (by_model == by_name).all()
+    return [by_model, *text_features(model)]
+
+
 def text_features(model: Any) -> list[Any]:
     """The features of a text."""
     import torch

@@ -48,6 +48,16 @@ def test_the_tokenizer_travels_along(client, hub, tmp_path):
     assert pulled_tokens == tokens
 
 
+def test_a_text_tower_of_open_clip_travels_along(client, hub, tmp_path):
+    files, pushed = client(hub_client.push_open_clip, "alice/bert-clip", str(tmp_path / "bert"))
+    assert {"iris_hf.json", "model.safetensors", "tokenizer_open_clip.json"} < set(files)
+    assert "config.json" not in files
+    hub.requests.clear()
+    assert equal(client(hub_client.pull_open_clip, "alice/bert-clip"), pushed)
+    assert hub.requests
+    assert all("/alice/bert-clip" in path for _, path, _ in hub.requests)
+
+
 def test_the_hub_shows_task_metrics_and_licence(client, hub):
     client(
         hub_client.push,

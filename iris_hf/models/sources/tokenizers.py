@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ _UNREAD = ("name_or_path", "special_tokens_map_file")
 """Where older versions wrote their files and folders. Nothing is read from there."""
 
 
-def load_hf_tokenizer(folder: Path) -> Any:
+def load_hf_tokenizer(folder: Path, wrap: Callable[..., Any] | None = None) -> Any:
     """Load the tokenizer in a folder, of its own files.
+
+    Args:
+        folder: Where it is.
+        wrap: Loads it as `AutoTokenizer.from_pretrained` would, into an object that has it as `tokenizer`. That object
+            is returned then.
 
     Raises:
         DataError: If something in it would run code or load anything else.
@@ -23,7 +29,8 @@ def load_hf_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     refuse_code(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, config=config_beside(folder), trust_remote_code=False)
+    loaded = (wrap or AutoTokenizer.from_pretrained)(folder, config=config_beside(folder), trust_remote_code=False)
+    tokenizer = loaded if wrap is None else loaded.tokenizer
     for settings in (tokenizer.init_kwargs, vars(tokenizer)):
         for key, value in settings.items():
             is_file = isinstance(value, str) and Path(value).is_absolute() and Path(value).is_file()
@@ -32,4 +39,4 @@ def load_hf_tokenizer(folder: Path) -> Any:
     for key in CODE_KEYS:
         tokenizer.init_kwargs.pop(key, None)
         vars(tokenizer).pop(key, None)
-    return tokenizer
+    return loaded
