@@ -76,7 +76,8 @@ def is_text_tower(model: nn.Module) -> bool:
     """Whether a model looks up embeddings and has neither convolutions nor a specification of images."""
     kinds = {type(m) for m in model.modules()}
     has_images = any(isinstance(getattr(m, "image_spec", None), ImageSpec) for m in model.modules())
-    return not has_images and nn.Embedding in kinds and not any(issubclass(k, nn.modules.conv._ConvNd) for k in kinds)
+    has_table, has_convolution = (any(issubclass(k, t) for k in kinds) for t in (nn.Embedding, nn.modules.conv._ConvNd))
+    return not has_images and has_table and not has_convolution
 
 
 def make_tokens(model: nn.Module, generator: torch.Generator) -> Any:

@@ -281,7 +281,10 @@ def test_the_tokenizer_travels_with_the_export(tmp_path):
 def test_a_text_tower_of_open_clip_is_exported_with_its_tokenizer(tmp_path):
     name = save_bert(tmp_path / "bert")
     options = {"clean": "canonicalize", "strip_sep_token": True}
-    config = open_clip_config(name, hf_model_name=name, tokenizer_kwargs=options)
+    nllb = {"model_type": "m2m_100", "d_model": 16, "vocab_size": 15, "pad_token_id": 0}  # the encoder of a translator
+    for part in ("encoder", "decoder"):
+        nllb |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 16}
+    config = open_clip_config(name, hf_model_name=nllb, tokenizer_kwargs=options)
     model = create_open_clip_model("alices-clip", config=config).eval()
     save_pretrained(model, tmp_path / "saved")
     tokens = create_tokenizer(model)(["A big, red DOG.", "two cats"])

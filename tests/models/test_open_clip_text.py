@@ -160,8 +160,10 @@ def test_what_cannot_travel_is_refused_where_it_is_made(tmp_path):
     config = open_clip_config(folder, hf_model_name={"model_type": "gpt2"})
     for changes, message in (
         ({}, r"Unknown type of a text tower of open_clip 'gpt2'.*Known: bert"),
+        ({"hf_model_name": folder, "hf_pooler_type": "max_pooler"}, r"Unknown hf_pooler_type 'max_pooler'"),
         ({"hf_model_name": folder, "context_length": 13}, r"context_length=13, and its text tower takes at most 12"),
         ({"tokenizer_kwargs": {"trust_remote_code": True}}, r"Unknown option of a tokenizer.*'trust_remote_code'"),
+        ({"hf_model_name": 5}, r"hf_model_name must be a repository, a folder or a configuration, got 5"),
         ({"tokenizer_kwargs": ["clean"]}, r"tokenizer_kwargs must be a mapping"),
         ({"hf_tokenizer_name": None, "tokenizer_kwargs": OPTIONS}, r"needs hf_tokenizer_name, the repository"),
     ):
@@ -171,6 +173,8 @@ def test_what_cannot_travel_is_refused_where_it_is_made(tmp_path):
         create_open_clip_model("alices-siglip", config=open_clip_config(None))
     with pytest.raises(ConfigError, match=r"text_cfg must be a mapping, got 3"):
         create_open_clip_model("alices-clip", config=config | {"text_cfg": 3})
+    with pytest.raises(ConfigError, match=r"config must be a mapping such as .*, got \[1\]"):
+        create_open_clip_model("ViT-B-32", config=[1])
     model = create_open_clip_model("alices-clip", config=open_clip_config("alice/nothing", **TOWERS["own"]))
     with pytest.raises(ConfigError, match=r"'alice/nothing' is no architecture of open_clip, and no tokenizer"):
         save_pretrained(model, tmp_path / "saved")

@@ -256,6 +256,8 @@ def _find_architecture(name: str, config: Mapping[str, Any] | None) -> dict[str,
     """The whole configuration of a model of two towers, as open_clip has it."""
     import open_clip
 
+    if not isinstance(config, Mapping | None):
+        raise ConfigError(f"config must be a mapping such as {{'embed_dim': 64}}, got {config!r}.")
     is_known = is_open_clip(name)
     if not is_known and not {*_PARTS} <= (config or {}).keys():
         raise unknown_name("open_clip model", name, open_clip.list_models())

@@ -20,6 +20,7 @@ OPTIONS_FILE = "tokenizer_open_clip.json"
 _FIELDS = ("context_length", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode")
 _OPTIONS = ("clean", "language", "strip_sep_token")
 _OWN_TOKENIZER = "ViT-B-32"  # has open_clip's own, which all architectures share
+_POOLERS = ("cls_last_hidden_state_pooler", "cls_pooler", "mean_pooler")  # max_pooler takes a mask that torch refuses
 _OF_MACHINES = ("auto_map", "dtype", "torch_dtype")
 
 
@@ -47,23 +48,28 @@ def settle_text_tower(text_cfg: Mapping[str, Any], place: Path) -> tuple[dict[st
         What open_clip makes the tower of, and what a recipe holds: the whole configuration and no names.
 
     Raises:
-        ConfigError: If open_clip has no tower of that type.
+        ConfigError: If open_clip has no tower of that type, or no such pooler.
         DataError: If the configuration or the weights cannot be had.
     """
     from open_clip.hf_configs import arch_dict
+    from transformers import PretrainedConfig
 
     made = copy.deepcopy(dict(text_cfg))
     weights = bool(made.setdefault("hf_model_pretrained", False))
     stored = made | {"hf_model_name": None, "hf_model_pretrained": False}
     stored["hf_tokenizer_name"] = HERE if made.get("hf_tokenizer_name") else None
-    source = made.get("hf_model_name")
+    source: Any = made.get("hf_model_name")
     if not source:
         return made, stored
     if isinstance(source, str):
         source = resolve_packaged(source)
+    if not isinstance(source, str | Path | Mapping | PretrainedConfig):
+        raise ConfigError(f"hf_model_name must be a repository, a folder or a configuration, got {source!r}.")
     if is_stored(source, weights):
-        source = fetch_stored(source, pretrained=weights)
+        source = fetch_stored(str(source), pretrained=weights)
     settings = make_config(source, {}, pretrained=weights)
+    if made.get("hf_pooler_type", _POOLERS[0]) not in (*_POOLERS, None):
+        raise unknown_name("hf_pooler_type", made["hf_pooler_type"], _POOLERS)
     if settings.model_type not in arch_dict:
         raise unknown_name("type of a text tower of open_clip", settings.model_type, arch_dict)
     description = {k: v for k, v in describe_config(settings).items() if k not in _OF_MACHINES}
