@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from iris_hf.errors import ConfigError, DataError, IrisHFError, require_integer, unknown_name
-from iris_hf.models.sources.configurations import describe_config, fetch_stored, is_stored, make_config
+from iris_hf.models.sources.configurations import describe_config, fetch_stored, make_config
 from iris_hf.models.sources.packaged import resolve_packaged
+from iris_hf.models.sources.tokenizers import load_hf_tokenizer
 from iris_hf.models.sources.weights import check_weights
 from iris_hf.models.trust import HERE, read_json
 
@@ -21,7 +23,7 @@ _FIELDS = ("context_length", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer
 _OPTIONS = ("clean", "language", "strip_sep_token")
 _OWN_TOKENIZER = "ViT-B-32"  # has open_clip's own, which all architectures share
 _POOLERS = ("cls_last_hidden_state_pooler", "cls_pooler", "mean_pooler")  # max_pooler takes a mask that torch refuses
-_OF_MACHINES = ("auto_map", "dtype", "torch_dtype")
+_PRECISIONS = ("dtype", "torch_dtype")
 
 
 def is_open_clip(name: str) -> bool:
@@ -65,20 +67,19 @@ def settle_text_tower(text_cfg: Mapping[str, Any], place: Path) -> tuple[dict[st
         source = resolve_packaged(source)
     if not isinstance(source, str | Path | Mapping | PretrainedConfig):
         raise ConfigError(f"hf_model_name must be a repository, a folder or a configuration, got {source!r}.")
-    if is_stored(source, weights):
-        source = fetch_stored(str(source), pretrained=weights)
-    settings = make_config(source, {}, pretrained=weights)
+    folder = fetch_stored(source, pretrained=weights, revision=None)
+    settings = make_config(folder or source, {}, pretrained=weights)
     if made.get("hf_pooler_type", _POOLERS[0]) not in (*_POOLERS, None):
         raise unknown_name("hf_pooler_type", made["hf_pooler_type"], _POOLERS)
     if settings.model_type not in arch_dict:
         raise unknown_name("type of a text tower of open_clip", settings.model_type, arch_dict)
-    description = {k: v for k, v in describe_config(settings).items() if k not in _OF_MACHINES}
-    if weights:
-        check_weights(Path(source))
+    description = {k: v for k, v in describe_config(settings).items() if k not in _PRECISIONS}
+    if folder is not None and weights:
+        check_weights(folder)
+        place = folder
     else:
         (place / "config.json").write_text(json.dumps(description), encoding="utf-8")
-        source = place
-    return made | {"hf_model_name": str(source)}, stored | {"hf_model_name": description}
+    return made | {"hf_model_name": str(place)}, stored | {"hf_model_name": description}
 
 
 def name_tokenizer(name: str, text_cfg: Mapping[str, Any]) -> str:
@@ -108,23 +109,23 @@ def tokenizer_fields(name: str) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: Path, fields: Mapping[str, Any]) -> Any:
-    """Load open_clip's wrapper of the tokenizer of transformers in a folder, which has been checked.
+    """Load open_clip's wrapper of the tokenizer of transformers in a folder.
 
     Raises:
         ConfigError: If transformers finds no tokenizer, or an option is wrong.
+        DataError: If something in the folder would run code or load anything else.
     """
     from open_clip.tokenizer import HFTokenizer
 
     options = fields["tokenizer_kwargs"] or {}
     _check_options(options)
+    wrap = functools.partial(
+        HFTokenizer, context_length=fields["context_length"], tokenizer_mode=fields["tokenizer_mode"], **options
+    )
     try:
-        return HFTokenizer(
-            str(folder),
-            context_length=fields["context_length"],
-            tokenizer_mode=fields["tokenizer_mode"],
-            trust_remote_code=False,
-            **options,
-        )
+        return load_hf_tokenizer(folder, wrap)
+    except DataError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"open_clip finds no tokenizer in {str(folder)!r}: {type(error).__name__}: {error}"
