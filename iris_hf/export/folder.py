@@ -18,7 +18,8 @@ from iris_hf.export.graph import Graph
 from iris_hf.export.structure import is_layout
 from iris_hf.models.hub import EXPORT_FILE, TOKENIZER_FILES, save_tokenizer
 from iris_hf.models.image_spec import ImageSpec
-from iris_hf.models.trust import HERE, read_json
+from iris_hf.models.trust.recipes import HERE
+from iris_hf.models.trust.values import read_json
 
 if TYPE_CHECKING:
     from iris_hf.export.onnx import OnnxExport

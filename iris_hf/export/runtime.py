@@ -16,7 +16,7 @@ from iris_hf.export.folder import MODEL_FILE, make_spec, read_description
 from iris_hf.export.structure import names_in, rebuild
 from iris_hf.models.hub import EXPORT_FILE
 from iris_hf.models.sources.open_clip_text import comes_with_open_clip
-from iris_hf.models.trust import HERE
+from iris_hf.models.trust.recipes import HERE
 
 
 class OnnxModel(nn.Module):

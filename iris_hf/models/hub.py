@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from iris_hf.errors import ConfigError, DataError, IrisHFError
 from iris_hf.models.pull import fetch
 from iris_hf.models.recipe import build, recipe_of, to_json
-from iris_hf.models.trust import HERE, read_json, refuse_code, refuse_other_sources
+from iris_hf.models.trust.folders import refuse_code
+from iris_hf.models.trust.recipes import HERE, refuse_other_sources
+from iris_hf.models.trust.values import read_json
 
 _RECIPE_FILE, _WEIGHTS_FILE, _FORMAT = "iris_hf.json", "model.safetensors", 1
 _TOKENIZER_FILE = "tokenizer_config.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from iris_hf.errors import ConfigError, DataError, IrisHFError, unknown_name
-from iris_hf.models.trust import read_json
+from iris_hf.models.trust.values import read_json
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
 T = TypeVar("T")

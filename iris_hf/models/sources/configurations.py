@@ -12,7 +12,9 @@ from typing import Any
 
 from iris_hf.errors import ConfigError, DataError, IrisHFError, unknown_name
 from iris_hf.models.pull import fetch
-from iris_hf.models.trust import is_hint, read_json, refuse_code
+from iris_hf.models.trust.configurations import is_hint
+from iris_hf.models.trust.folders import refuse_code
+from iris_hf.models.trust.values import read_json
 
 _OLD_FIELDS = ("backbone", "backbone_kwargs", "use_pretrained_backbone", "use_timm_backbone")  # still understood by 5.x
 

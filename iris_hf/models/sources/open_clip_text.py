@@ -14,7 +14,8 @@ from iris_hf.models.sources.configurations import describe_config, fetch_stored,
 from iris_hf.models.sources.packaged import resolve_packaged
 from iris_hf.models.sources.tokenizers import load_hf_tokenizer
 from iris_hf.models.sources.weights import check_weights
-from iris_hf.models.trust import HERE, read_json
+from iris_hf.models.trust.recipes import HERE
+from iris_hf.models.trust.values import read_json
 
 OPTIONS_FILE = "tokenizer_open_clip.json"
 """What says, beside a tokenizer of transformers, how open_clip uses it."""

@@ -17,7 +17,7 @@ from iris_hf.models.sources.configurations import config_beside
 from iris_hf.models.sources.image_text import IMAGE_TEXT_TYPES
 from iris_hf.models.sources.timm import fields_of_timm
 from iris_hf.models.transforms import create_image_transform
-from iris_hf.models.trust import CODE_KEYS
+from iris_hf.models.trust.configurations import CODE_KEYS
 
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers, as processors store them."""

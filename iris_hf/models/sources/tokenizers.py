@@ -8,7 +8,8 @@ from typing import Any
 
 from iris_hf.errors import DataError
 from iris_hf.models.sources.configurations import config_beside
-from iris_hf.models.trust import CODE_KEYS, refuse_code
+from iris_hf.models.trust.configurations import CODE_KEYS
+from iris_hf.models.trust.folders import refuse_code
 
 _UNREAD = ("name_or_path", "special_tokens_map_file")
 """Where older versions wrote their files and folders. Nothing is read from there."""

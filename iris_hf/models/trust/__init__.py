@@ -1,0 +1,1 @@
+"""What is refused of a model that comes from elsewhere."""
