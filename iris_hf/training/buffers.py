@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from iris_hf.errors import DataError
 from iris_hf.training.storage import copy_into
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,30 @@ def mean_buffers(of_ranks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         if values[0].is_floating_point() and not all(torch.equal(value, values[0]) for value in values):
             merged[name] = torch.stack(values).mean(0)
     return merged
+
+
+def synchronise_buffers(module: nn.Module, accelerator: Accelerator) -> None:
+    """Make buffers equal on all ranks: the mean (BatchNorm's statistics), or rank 0's where they are integers.
+
+    Those that agree stay as they are to the bit: means and standard deviations of images, for one. So do those
+    that not every rank has, in the same shape: caches, which grow with each process's inputs.
+    """
+    if accelerator.num_processes == 1:
+        return
+    from accelerate.utils import gather_object
+
+    buffers = dict(module.named_buffers())
+    everywhere = gather_object([{name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()}])
+    for name in in_common(everywhere):
+        buffer = buffers[name]
+        if buffer.is_floating_point():
+            low, high = buffer.clone(), buffer.clone()
+            torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
+            torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
+            if not torch.equal(low, high):
+                torch.distributed.all_reduce(buffer.div_(accelerator.num_processes))
+        else:
+            torch.distributed.broadcast(buffer, src=0)
 
 
 def extra_states(module: nn.Module) -> dict[str, Any]:

@@ -90,8 +90,8 @@ class Checkpoint:
         return optimizer
 
     def of_rank(self, rank: int) -> dict[str, Any]:
-        """Return `buffers`, `plugins` and so on of a process; of the first where there were fewer."""
-        state: dict[str, Any] = read_state(self.folder / _rank_file(rank if rank < self.world_size else 0))
+        """Return `buffers`, `plugins` and so on of a process that wrote it."""
+        state: dict[str, Any] = read_state(self.folder / _rank_file(rank))
         return state
 
     def require(self, facts: RunFacts) -> None:

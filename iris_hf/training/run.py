@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from iris_hf.engine.loader import EpochBatches, Failure, OrderedBatches, Reported
-from iris_hf.engine.plugins import Plugin, PluginList, TrainState
+from iris_hf.engine.plugins import PluginList, TrainState
 from iris_hf.engine.rng import STEP, VALIDATION, mix, seed_generators
-from iris_hf.engine.shards import gather_nested
 from iris_hf.engine.streams import StreamBatches, StreamOnce
 from iris_hf.errors import ConfigError, DataError, noted
-from iris_hf.training.buffers import (
-    LateBuffer,
-    copy_buffers,
-    extra_states,
-    in_common,
-    mean_buffers,
-    set_extra_states,
-    unsaved_buffers,
-)
-from iris_hf.training.checkpoint import Checkpoint, CheckpointWriter, Progress
+from iris_hf.training.buffers import synchronise_buffers
+from iris_hf.training.checkpoint import CheckpointWriter
 from iris_hf.training.config import TrainConfig
-from iris_hf.training.facts import RunFacts, another_run, plain, plugin_settings, regrouping
 from iris_hf.training.layouts import lay_out_model
 from iris_hf.training.optimizers import build_optimizer, parameter_groups
 from iris_hf.training.passes import Pass, Stepper, mean_of
+from iris_hf.training.resuming import Pending, write_checkpoint
 from iris_hf.training.schedulers import LearningRateSchedule, LrSchedulerConfig
 from iris_hf.training.termination import Preempted, TerminationFlag
 
@@ -59,6 +47,7 @@ class TrainingRun:
         writer: Writes checkpoints; None for a run that keeps none.
         skipped: Train examples that could not be made on this rank, and why.
         best_val_loss: The least loss of all validations; None before the first.
+        pending: What it gets back on its way from a checkpoint.
     """
 
     def __init__(
@@ -85,8 +74,7 @@ class TrainingRun:
         self.termination = TerminationFlag(accelerator)
         self.skipped: dict[int | str, str] = {}
         self.best_val_loss: float | None = None
-        self._plugin_states: dict[str, Any] = {}
-        self._late_buffers: list[LateBuffer] = []
+        self.pending = Pending()
 
         groups = parameter_groups(
             module,
@@ -137,33 +125,14 @@ class TrainingRun:
         self.schedule.apply(self.optimizer, self.base_lrs, state.step)
         state.validates = self.val_loader is not None
         self.plugins.notify("on_train_start", state)
-        self.restore_late_buffers()
+        self.pending.restore_buffers(self.accelerator.device)
         with self.termination.listening() if self.writer is not None else nullcontext():
             while not self.is_over():
                 if state.step < (state.epoch + 1) * state.steps_per_epoch:
                     self.train_epoch()
-                self.restore_plugins()  # where no step of the epoch was left
-                is_validated = is_best = False
-                if self.val_loader is not None and (state.stop_reason or self.config.validates_after(state.epoch)):
-                    if not state.stop_reason:
-                        self.leave_if_terminated()
-                    with self.plugins.validation_context(state):
-                        is_validated = self.validate()
-                    if not is_validated:
-                        self.leave_if_terminated()
-                    is_best = self.note_validation()
-                if state.stop_reason:
-                    if state.is_main_process:
-                        logger.warning("Stopped after step %d: %s", state.step, state.stop_reason)
-                else:
-                    state.epoch += 1
-                stopped = state.stop_reason is not None
-                if self.writer is not None and (
-                    is_best or self.config.keeps_after_epoch(state.epoch, state.step, stopped=stopped)
-                ):
-                    self.checkpoint(is_validated=is_validated)
-                self.leave_if_terminated()
-        self.restore_plugins()
+                self.pending.restore_plugins(self.plugins)  # where no step of the epoch was left
+                self.end_epoch()
+        self.pending.restore_plugins(self.plugins)
         self.report_skipped()
         self.plugins.notify("on_train_end", state)
 
@@ -201,10 +170,10 @@ class TrainingRun:
         done = (state.step - state.epoch * state.steps_per_epoch) * self.config.accumulation
         self.batches.epoch, self.batches.start = state.epoch, done
         if not done:
-            self.restore_plugins()
+            self.pending.restore_plugins(self.plugins)
         self.plugins.notify("on_epoch_start", state)
         self.layout.follow_modes()
-        self.restore_plugins()
+        self.pending.restore_plugins(self.plugins)
         remaining = len(self.batches) - done
         batches = iter(self.loader)
         while remaining and not state.stop_reason:
@@ -216,148 +185,39 @@ class TrainingRun:
             self.plugins.notify("on_step_end", state)
             if remaining and not state.stop_reason and self.writer is not None:
                 if self.config.keeps_after_step(state.step):
-                    self.checkpoint(is_validated=False)
+                    write_checkpoint(self, self.writer, is_validated=False)
                 self.leave_if_terminated()
         self.plugins.notify("on_epoch_end", state)
 
-    def facts(self) -> RunFacts:
-        """Return what makes this run the same as another."""
-        division = {name: value for name, value in self.state.config.items() if name == "sub_batch_size"}
-        return RunFacts(
-            random_seed=self.seed,
-            num_examples=self.batches.num_examples,
-            num_stream_parts=self.batches.num_parts,
-            num_stream_shards=self.batches.num_shards,
-            stream_shuffled_by=self.batches.shuffled_by,
-            examples_per_step=self.state.examples_per_step,
-            examples_per_epoch=len(self.batches) * self.config.batch_size * self.accelerator.num_processes,
-            examples_per_micro_batch=self.config.batch_size * self.accelerator.num_processes,
-            loss_is_joint=bool(division) or self.module.gathers,
-            num_epochs=self.state.num_epochs,
-            steps_per_epoch=self.state.steps_per_epoch,
-            optimizer=self.config.optimizer,
-            base_lr=self.config.base_lr,
-            lr_scheduler=json.dumps(asdict(self.schedule.config), default=str),
-            weight_decay=self.config.weight_decay,
-            momentum=self.config.momentum,
-            nesterov=self.config.nesterov,
-            settings={
-                "precision": self.accelerator.mixed_precision,
-                "lr_scale_param_names": plain(self.config.lr_scale_param_names),
-                "no_weight_decay_param_names": plain(self.config.no_weight_decay_param_names),
-                "no_weight_decay_module_class_names": plain(self.config.no_weight_decay_module_class_names),
-                **division,
-                **plugin_settings(self.named_plugins()),
-            },
-        )
-
-    def checkpoint(self, *, is_validated: bool) -> None:
-        """Write a checkpoint of this moment between two steps."""
-        state, writer = self.state, self.writer
-        assert writer is not None
-        scaler = self.accelerator.scaler
-        is_main = self.accelerator.is_main_process
-        writer.write(
-            Progress(state.epoch, state.step, state.val_loss, is_validated, state.stop_reason, self.best_val_loss),
-            parameters=self.layout.parameters(keep=is_main),
-            optimizer={
-                "optimizer": self.layout.optimizer_state(self.optimizer, keep=is_main),
-                "scaler": scaler.state_dict() if scaler is not None else {},
-                "names": self.group_names,
-            },
-            of_rank={
-                "buffers": dict(self.module.named_buffers()),
-                "unsaved": unsaved_buffers(self.module),
-                "extra": extra_states(self.module),
-                "plugins": gather_nested(
-                    {name: saved for name, plugin in self.named_plugins() if (saved := plugin.state_dict())}
-                ),
-                "val_metrics": dict(state.val_metrics),
-                "skipped": dict(self.skipped),
-                "origins": dict(self.batches.origins),
-            },
-        )
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint; on the main process, warn of what is not as it was.
-
-        Raises:
-            ConfigError: If the optimizer's state belongs to other parameters.
-            DataError: If it is of another model.
-        """
-        self.layout.load_parameters(checkpoint.parameters)
-        stored = checkpoint.optimizer
-        if different := regrouping(stored["names"], self.group_names):
-            raise another_run(
-                checkpoint.folder,
-                f"in the optimizer, {different}. What is frozen decides on that, and so do "
-                "no_weight_decay_param_names, no_weight_decay_module_class_names and lr_scale_param_names",
-            )
-        self.layout.load_optimizer(self.optimizer, stored["optimizer"])
-        if self.accelerator.scaler is not None and stored["scaler"]:
-            self.accelerator.scaler.load_state_dict(stored["scaler"])
-        of_ranks = []
-        for rank in range(checkpoint.world_size):
-            of_rank = checkpoint.of_rank(rank)
-            self.skipped.update(of_rank["skipped"])
-            self.batches.origins.update(of_rank["origins"])
-            of_ranks.append((of_rank["buffers"], of_rank["unsaved"]))
-        own = checkpoint.of_rank(self.accelerator.process_index)
-        buffers, unsaved = own["buffers"], own["unsaved"]
-        if checkpoint.world_size != self.accelerator.num_processes:
-            buffers, unsaved = mean_buffers([buffers for buffers, _ in of_ranks]), of_ranks[0][1]
-        self._late_buffers = copy_buffers(self.module, buffers, unsaved=unsaved)
-        set_extra_states(self.module, own["extra"])
-        self._plugin_states = own["plugins"]
-        progress = checkpoint.progress
-        self.state.epoch, self.state.step = progress.epoch, progress.step
-        self.state.val_loss, self.state.val_metrics = progress.val_loss, own["val_metrics"]
-        self.state.stop_reason, self.best_val_loss = progress.stop_reason, progress.best_val_loss
-        if self.accelerator.is_main_process:
-            self.report_resumption(checkpoint)
-
-    def report_resumption(self, checkpoint: Checkpoint) -> None:
-        """Say from where the run goes on, and what is not as it was."""
-        progress = checkpoint.progress
-        logger.info("Going on from %s: epoch %d, step %d.", checkpoint.folder, progress.epoch, progress.step)
-        if changes := self.facts().changes(checkpoint.facts):
-            logger.warning("The run goes on with other settings than before: %s.", "; ".join(changes))
-        if lost := self._plugin_states.keys() - dict(self.named_plugins()).keys():
-            logger.warning("The run goes on without plugins whose state it had: %s.", ", ".join(sorted(lost)))
-        if self.is_over():
-            logger.warning(
-                "%s is the end of its run, at step %d: %s Nothing is left to train.",
-                *(checkpoint.folder, progress.step, progress.stop_reason or "all epochs are done."),
-            )
-
-    def restore_late_buffers(self) -> None:
-        """Make the buffers that the model made on its way, when plugins have seen it as it was at the run's start."""
-        late, self._late_buffers = self._late_buffers, []
-        for buffer in late:
-            buffer.register(self.accelerator.device)
-
-    def restore_plugins(self) -> None:
-        """Give plugins back what they had, once: after they were told of the start, and of the epoch within one."""
-        states, self._plugin_states = self._plugin_states, {}
-        for name, plugin in self.named_plugins():
-            if name in states:
-                plugin.load_state_dict(states[name])
-
-    def named_plugins(self) -> list[tuple[str, Plugin]]:
-        """Return the plugins by their classes' names, numbered where there are several of one."""
-        counts: Counter[str] = Counter()
-        named = []
-        for plugin in self.plugins.plugins:
-            kind = type(plugin).__name__
-            counts[kind] += 1
-            named.append((f"{kind} {counts[kind]}", plugin))
-        return named
+    def end_epoch(self) -> None:
+        """Validate and write a checkpoint, where it is time to; leave if SIGTERM arrived."""
+        state = self.state
+        is_validated = is_best = False
+        if self.val_loader is not None and (state.stop_reason or self.config.validates_after(state.epoch)):
+            if not state.stop_reason:
+                self.leave_if_terminated()
+            with self.plugins.validation_context(state):
+                is_validated = self.validate()
+            if not is_validated:
+                self.leave_if_terminated()
+            is_best = self.note_validation()
+        if state.stop_reason:
+            if state.is_main_process:
+                logger.warning("Stopped after step %d: %s", state.step, state.stop_reason)
+        else:
+            state.epoch += 1
+        stopped = state.stop_reason is not None
+        if self.writer is not None and (
+            is_best or self.config.keeps_after_epoch(state.epoch, state.step, stopped=stopped)
+        ):
+            write_checkpoint(self, self.writer, is_validated=is_validated)
+        self.leave_if_terminated()
 
     def leave_if_terminated(self) -> None:
         """Write a checkpoint and leave, if SIGTERM arrived at any process."""
         if self.writer is not None and self.termination.is_set_anywhere():
             if self.writer.last_step != self.state.step:
-                self.checkpoint(is_validated=False)
+                write_checkpoint(self, self.writer, is_validated=False)
             logger.warning("SIGTERM: the checkpoint of step %d is written. Resume to go on.", self.state.step)
             raise Preempted
 
@@ -420,7 +280,7 @@ class TrainingRun:
 
         state, accelerator = self.state, self.accelerator
         assert self.val_batches is not None
-        self.synchronise_buffers()
+        synchronise_buffers(self.module, self.accelerator)
         module = self.layout.gather()
         state.model = module.model
         was_training = module.training
@@ -473,28 +333,5 @@ class TrainingRun:
 
     def trained_model(self) -> nn.Module:
         """Return the trained model: unwrapped, on the CPU, in train mode."""
-        self.synchronise_buffers()
+        synchronise_buffers(self.module, self.accelerator)
         return self.layout.gather(torch.device("cpu")).model.train()
-
-    def synchronise_buffers(self) -> None:
-        """Make buffers equal on all ranks: the mean (BatchNorm's statistics), or rank 0's where they are integers.
-
-        Those that agree stay as they are to the bit: means and standard deviations of images, for one. So do those
-        that not every rank has, in the same shape: caches, which grow with each process's inputs.
-        """
-        if self.accelerator.num_processes == 1:
-            return
-        from accelerate.utils import gather_object
-
-        buffers = dict(self.module.named_buffers())
-        everywhere = gather_object([{name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()}])
-        for name in in_common(everywhere):
-            buffer = buffers[name]
-            if buffer.is_floating_point():
-                low, high = buffer.clone(), buffer.clone()
-                torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
-                torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
-                if not torch.equal(low, high):
-                    torch.distributed.all_reduce(buffer.div_(self.accelerator.num_processes))
-            else:
-                torch.distributed.broadcast(buffer, src=0)

@@ -27,6 +27,7 @@ from iris_hf.training.extends import extends
 from iris_hf.training.gradient_cache import CacheConfig, CachedPass
 from iris_hf.training.layouts import check_sharding
 from iris_hf.training.passes import Pass, PlainPass, Stepper
+from iris_hf.training.resuming import facts_of, report_resumption, restore
 from iris_hf.training.run import TrainingRun
 from iris_hf.training.schedulers import LrSchedulerConfig
 from iris_hf.types import CollateFunction, Transform
@@ -390,10 +391,12 @@ def fit(
             if cache is not None:
                 run.state.config = {**run.state.config, **vars(cache)}
             run.state.class_names = next((names for names in named if names is not None), None)
-            facts = run.facts()
+            facts = facts_of(run)
             if checkpoint is not None:
                 checkpoint.require(facts)
-                run.restore(checkpoint)
+                run.pending = restore(run, checkpoint)
+                if accelerator.is_main_process:
+                    report_resumption(run, checkpoint)
             if config.checkpoint_dir is not None:
                 run.writer = CheckpointWriter(
                     config.checkpoint_dir,
@@ -412,7 +415,7 @@ def _accelerator_options(config: TrainConfig, plugins: PluginList) -> dict[str, 
     from accelerate import DistributedDataParallelKwargs
 
     ddp = DistributedDataParallelKwargs(
-        broadcast_buffers=False,  # every rank's BatchNorm statistics count; run.py averages them
+        broadcast_buffers=False,  # every rank's BatchNorm statistics count; buffers.py averages them
         find_unused_parameters=config.ddp_find_unused_parameters,
         gradient_as_bucket_view=True,
     )

@@ -16,6 +16,7 @@ from pairs import Pairs, TwoTowers
 from tiny import Dies, Net, Tensors, train_tiny
 
 import iris_hf
+from iris_hf.training import checkpoint
 from iris_hf.training.buffers import mean_buffers
 from iris_hf.training.checkpoint import open_checkpoint
 from iris_hf.training.termination import Preempted, TerminationFlag
@@ -361,6 +362,19 @@ def test_buffers_of_another_model_are_refused(tmp_path: Path) -> None:
     iris_hf.train(Growing(), Tensors(32), None, **settings, checkpoint_dir=tmp_path)
     with pytest.raises(iris_hf.DataError, match="extra states are not this model's: model differ"):
         iris_hf.train(Net(), Tensors(32), None, **settings, resume=tmp_path / "step-00000004")
+
+
+def test_a_resumed_run_reads_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_tiny(num_epochs=1, checkpoint_dir=tmp_path)
+    files: list[Path] = []
+    read = checkpoint.read_state
+    monkeypatch.setattr(checkpoint, "read_state", lambda file: (files.append(file), read(file))[1])
+    train_tiny(num_epochs=1, checkpoint_dir=tmp_path, resume="auto")
+    assert sorted(file.name for file in files) == [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "rank-0000.safetensors",
+    ]
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -205,6 +206,16 @@ class PluginList:
     def __init__(self, plugins: list[Plugin]) -> None:
         self.plugins = plugins
         self._hooks: dict[str, list[Callable[..., Any]]] = {}
+
+    def named(self) -> list[tuple[str, Plugin]]:
+        """Return the plugins by their classes' names, numbered where there are several of one."""
+        counts: Counter[str] = Counter()
+        named = []
+        for plugin in self.plugins:
+            kind = type(plugin).__name__
+            counts[kind] += 1
+            named.append((f"{kind} {counts[kind]}", plugin))
+        return named
 
     def hooks(self, name: str) -> list[Callable[..., Any]]:
         """Return the bound methods of the plugins that override hook `name`, in order."""
