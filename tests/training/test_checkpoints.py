@@ -436,3 +436,18 @@ def test_save_best_deletes_nothing_that_others_have_put_beside_it(tmp_path: Path
         train_tiny(plugins=[Writes(), f"save_best({str(tmp_path)!r})"], val_dataset=Tensors())
     assert (tmp_path / "notes").is_file()
     assert (tmp_path / "best.json").is_file()
+
+
+def test_save_best_killed_between_its_renames_has_the_new_model_in_place_at_the_next_start(tmp_path: Path) -> None:
+    best, new, old = (tmp_path / name for name in ("best", ".best-new", ".best-old"))
+    settings = {"plugins": [f"save_best({str(best)!r})"], "val_dataset": Tensors(8), "num_epochs": 1}
+    train_tiny(**settings)
+    before = best.rename(tmp_path / "before")
+    train_tiny(**settings, random_seed=5)
+    written = {file.name: file.read_bytes() for file in best.iterdir()}
+    best.rename(new)
+    before.rename(old)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train_tiny(**{**settings, "plugins": [*settings["plugins"], Dies(1)]})
+    assert {file.name: file.read_bytes() for file in best.iterdir()} == written
+    assert list(tmp_path.iterdir()) == [best]

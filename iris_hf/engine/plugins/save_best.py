@@ -25,7 +25,9 @@ class SaveBest(Plugin):
 
     The folder holds what :func:`iris_hf.save_pretrained` writes, or `model.safetensors` alone where nothing tells how
     the model was made, and `best.json` with the metric, its value, epoch (from 1), step, and the names of these files.
-    It is replaced as a whole. With the plugin ema, the saved weights are the averaged ones, which were validated.
+    It is replaced as a whole: a process that is killed as it does so leaves both models beside the folder, and the next
+    run with the plugin puts the better one there. With the plugin ema, the saved weights are the averaged ones, which
+    were validated.
 
     Attributes:
         folder: Absent, empty, or written by this plugin before. Nothing else may write to it.
@@ -51,6 +53,9 @@ class SaveBest(Plugin):
                 f"save_best replaces its folder, and {str(self.folder)!r} would hold the checkpoints of "
                 f"checkpoint_dir={str(checkpoints)!r}. Give it another one, such as {str(Path(checkpoints, 'best'))!r}."
             )
+        if state.is_main_process:
+            self._finish_replacing()
+        state.accelerator.wait_for_everyone()  # nobody looks before
         self._own = _written_to(self.folder)
         if others := _names_in(self.folder) - self._own:
             raise ConfigError(
@@ -78,7 +83,7 @@ class SaveBest(Plugin):
         self._best.value = state["best"]
 
     def _replace(self, model: nn.Module, info: dict[str, Any]) -> None:
-        new, old = (self.folder.with_name(f".{self.folder.name}-{what}") for what in ("new", "old"))
+        new, old = self._beside()
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
         _save(model, new)
@@ -94,6 +99,18 @@ class SaveBest(Plugin):
             self.folder.rename(old)
         new.rename(self.folder)
         shutil.rmtree(old, ignore_errors=True)
+
+    def _finish_replacing(self) -> None:
+        """Put the new model into its place where a kill has come between the two renames."""
+        new, old = self._beside()
+        if old.exists() and not _names_in(self.folder) and _written_to(new):
+            new.rename(self.folder)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _beside(self) -> tuple[Path, Path]:
+        """Where a new model is made, and where the one before is put as the new one takes its place."""
+        new, old = (self.folder.with_name(f".{self.folder.name}-{what}") for what in ("new", "old"))
+        return new, old
 
 
 def _names_in(folder: Path) -> set[str]:
