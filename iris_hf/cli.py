@@ -26,25 +26,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.parse_args(arguments)
         parser.print_help()
         return 0
-    command, rest = arguments[0], arguments[1:]
     try:
-        if command == "tasks":
-            return _list_tasks(rest)
-        if command == "plugins":
-            return _list_plugins(rest)
-        if command in ("run", "show"):
-            from iris_hf.irisml import commands
-
-            return commands.run(rest) if command == "run" else commands.show(rest)
-        from iris_hf.tasks import TASKS
-
-        if command not in TASKS:
-            raise unknown_name("command", command, [*TASKS, "tasks", "plugins", "run", "show"])
-        return _run(TASKS[command], rest)
+        code = _dispatch(arguments[0], arguments[1:])
+        sys.stdout.flush()
+        return code
     except IrisHFError as error:
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()) if "\n" not in note)
         print(f"iris-hf: error: {error}{notes}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who reads the output, such as `head`, has seen enough; Python would write more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _dispatch(command: str, rest: Sequence[str]) -> int:
+    if command == "tasks":
+        return _list_tasks(rest)
+    if command == "plugins":
+        return _list_plugins(rest)
+    if command in ("run", "show"):
+        from iris_hf.irisml import commands
+
+        return commands.run(rest) if command == "run" else commands.show(rest)
+    from iris_hf.tasks import TASKS
+
+    if command not in TASKS:
+        raise unknown_name("command", command, [*TASKS, "tasks", "plugins", "run", "show"])
+    return _run(TASKS[command], rest)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,8 @@
 """The command line, as processes."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -56,6 +58,17 @@ def test_plugins_are_listed_with_their_arguments(capsys: pytest.CaptureFixture[s
     listed = capsys.readouterr().out
     assert "clip_grad_norm(max_norm=1.0)\n" in listed
     assert "\n    max_norm: Largest L2 norm" in listed
+
+
+def test_output_that_nobody_reads_to_the_end_is_no_error() -> None:
+    listing = subprocess.Popen(
+        [sys.executable, "-m", "iris_hf", "plugins"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert listing.stdout is not None
+    assert listing.stderr is not None
+    listing.stdout.close()
+    assert listing.stderr.read() == ""
+    assert listing.wait() == 1
 
 
 @pytest.mark.parametrize(
