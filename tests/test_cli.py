@@ -61,14 +61,13 @@ def test_plugins_are_listed_with_their_arguments(capsys: pytest.CaptureFixture[s
 
 
 def test_output_that_nobody_reads_to_the_end_is_no_error() -> None:
-    listing = subprocess.Popen(
-        [sys.executable, "-m", "iris_hf", "plugins"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert listing.stdout is not None
-    assert listing.stderr is not None
-    listing.stdout.close()
-    assert listing.stderr.read() == ""
-    assert listing.wait() == 1
+    command = [sys.executable, "-m", "iris_hf", "plugins"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as listing:
+        assert listing.stdout is not None
+        assert listing.stderr is not None
+        listing.stdout.close()
+        assert listing.stderr.read() == ""
+    assert listing.returncode == 1
 
 
 @pytest.mark.parametrize(
