@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iris_hf.engine.plugins import PluginList
 from iris_hf.models.steps import as_cacheable, as_trainable
-from iris_hf.training.gradient_cache import CacheConfig, CachedPass
+from iris_hf.training.config import CacheConfig
+from iris_hf.training.gradient_cache import CachedPass
 from iris_hf.training.passes import Pass, PlainPass
 
 SIZE, LENGTH, VOCABULARY, WIDTH = 224, 77, 49408, 512

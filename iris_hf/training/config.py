@@ -150,3 +150,31 @@ class TrainConfig:
         else:
             interval = self.val_check_interval_epoch or 1
         return (epoch + 1) % interval == 0 or epoch + 1 == self.num_epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """How a gradient cache divides a batch; see :func:`iris_hf.train_with_gradient_cache`.
+
+    Raises:
+        ConfigError: If a value is out of its range, or two contradict each other.
+    """
+
+    sub_batch_size: int
+    num_kept_graphs: int
+    memory_budget_in_mb: float | None
+    check_replay: bool
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).copy().items():
+            if isinstance(value, np.generic):  # as in TrainConfig
+                object.__setattr__(self, name, value.item())
+        require_integer("sub_batch_size", self.sub_batch_size, at_least=1)
+        require_integer("num_kept_graphs", self.num_kept_graphs, at_least=0)
+        if self.memory_budget_in_mb is not None:
+            require_number("memory_budget_in_mb", self.memory_budget_in_mb, at_least=0)
+            if self.num_kept_graphs:
+                raise ConfigError(
+                    f"num_kept_graphs={self.num_kept_graphs} and memory_budget_in_mb={self.memory_budget_in_mb} "
+                    "say different things: give one of them."
+                )

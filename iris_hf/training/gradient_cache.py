@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,10 +19,11 @@ from torch import Tensor, nn
 from iris_hf.engine.loader import pinned, to_device
 from iris_hf.engine.plugins import PluginList
 from iris_hf.engine.rng import GeneratorState
-from iris_hf.errors import ConfigError, DataError, require_integer, require_number
+from iris_hf.errors import ConfigError, DataError
 from iris_hf.losses.collectives import together, world_group
 from iris_hf.models.steps import Cacheable, Gradients, feature_names, feature_tensors, like_features
 from iris_hf.training.columns import borrow_form, count_and_compare, gather_around, gather_targets, make_columns
+from iris_hf.training.config import CacheConfig
 from iris_hf.training.passes import propagate, scalars, synchronised
 from iris_hf.training.replay import (
     Calls,
@@ -46,34 +46,6 @@ logger = logging.getLogger(__name__)
 
 _ROOM_FOR_FROZEN = 64
 """How many times the bytes of a sub-batch's features the outputs of a frozen part may take to be kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheConfig:
-    """How a gradient cache divides a batch; see :func:`iris_hf.train_with_gradient_cache`.
-
-    Raises:
-        ConfigError: If a value is out of its range, or two contradict each other.
-    """
-
-    sub_batch_size: int
-    num_kept_graphs: int
-    memory_budget_in_mb: float | None
-    check_replay: bool
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).copy().items():
-            if isinstance(value, np.generic):  # as in TrainConfig
-                object.__setattr__(self, name, value.item())
-        require_integer("sub_batch_size", self.sub_batch_size, at_least=1)
-        require_integer("num_kept_graphs", self.num_kept_graphs, at_least=0)
-        if self.memory_budget_in_mb is not None:
-            require_number("memory_budget_in_mb", self.memory_budget_in_mb, at_least=0)
-            if self.num_kept_graphs:
-                raise ConfigError(
-                    f"num_kept_graphs={self.num_kept_graphs} and memory_budget_in_mb={self.memory_budget_in_mb} "
-                    "say different things: give one of them."
-                )
 
 
 class CachedPass:

@@ -22,9 +22,10 @@ from iris_hf.engine.plugins import Plugin, PluginList, load_plugins
 from iris_hf.engine.rng import STEP, mix, preserve_generators, seed_generators
 from iris_hf.models.steps import as_cacheable, as_trainable
 from iris_hf.training.checkpoint import CheckpointWriter, find_checkpoint
-from iris_hf.training.config import OptimizerName, TrainConfig
+from iris_hf.training.config import CacheConfig, OptimizerName, TrainConfig
 from iris_hf.training.extends import extends
-from iris_hf.training.gradient_cache import CacheConfig, CachedPass
+from iris_hf.training.gradient_cache import CachedPass
+from iris_hf.training.homecoming import give_back, leave_behind, portable_attributes
 from iris_hf.training.layouts import check_sharding
 from iris_hf.training.passes import Pass, PlainPass, Stepper
 from iris_hf.training.resuming import facts_of, report_resumption, restore
@@ -245,7 +246,7 @@ def _train(arguments: Mapping[str, Any], cache: CacheConfig | None) -> TrainResu
         trained, left_behind, attributes = run_in_workers(
             _fit_for_caller, inputs, config, cache, drawn, num_processes=config.num_processes, device=config.device
         )
-        _put_back(left_behind, trained, inputs["model"])
+        give_back(left_behind, trained, inputs["model"])
         for plugin, values in zip(_own_plugins(config), attributes, strict=True):
             vars(plugin).update(values)
     else:
@@ -265,52 +266,10 @@ def _fit_for_caller(
         On the first one: the model without what cannot travel; the names of that, by those of the modules; and the
         attributes of the caller's plugin objects that can.
     """
-    from iris_hf.engine.parcels import can_travel
-
     trained = fit(config, cache, drawn_seed=drawn, **inputs)
     if os.environ["RANK"] != "0":
         return None
-    parts = dict(trained.named_modules())
-    left_behind = {}
-    if not can_travel(trained):
-        left_behind = {path: _unportable(part) for path, part in parts.items() if not _pickles_itself(part)}
-    for path, names in left_behind.items():
-        for name in names:
-            del parts[path].__dict__[name]
-    attributes = []
-    for plugin in _own_plugins(config):
-        unportable = _unportable(plugin)
-        attributes.append({name: value for name, value in vars(plugin).items() if name not in unportable})
-    return trained, left_behind, attributes
-
-
-def _unportable(owner: Any) -> list[str]:
-    """Name, in a warning too, the attributes that cannot be sent to the caller; those of a module without its parts."""
-    from iris_hf.engine.parcels import can_travel
-
-    parts = ("_modules", "_parameters", "_buffers") if isinstance(owner, nn.Module) else ()
-    names = [name for name, value in vars(owner).items() if name not in parts and not can_travel(value)]
-    if names:
-        logger.warning(
-            "%s: %s cannot be pickled after the run: as before it.", type(owner).__name__, ", ".join(sorted(names))
-        )
-    return names
-
-
-def _pickles_itself(part: nn.Module) -> bool:
-    """Whether a module says how it is pickled, as torch's recurrent networks do."""
-    ways = ("__getstate__", "__reduce__", "__reduce_ex__")
-    return any(getattr(type(part), way) is not getattr(nn.Module, way) for way in ways)
-
-
-def _put_back(left_behind: Mapping[str, list[str]], trained: nn.Module, model: nn.Module) -> None:
-    """Give a trained model, in the place of what could not travel, what the caller's model has there, if it has it."""
-    parts, own = dict(trained.named_modules()), dict(model.named_modules())
-    for path, names in left_behind.items():
-        values = vars(own.get(path, nn.Module()))
-        memo = {id(part): parts[name] for name, part in own.items() if name in parts}
-        kept = {name: copy.deepcopy(values[name], memo) for name in names if name in values}
-        parts[path].__dict__.update(kept)
+    return trained, leave_behind(trained), list(map(portable_attributes, _own_plugins(config)))
 
 
 def _own_plugins(config: TrainConfig) -> list[Plugin]:

@@ -19,7 +19,8 @@ from torch.futures import Future
 from iris_hf.engine.plugins import PluginList
 from iris_hf.errors import ConfigError, DataError
 from iris_hf.models.steps import as_cacheable, as_trainable
-from iris_hf.training.gradient_cache import CacheConfig, CachedPass
+from iris_hf.training.config import CacheConfig
+from iris_hf.training.gradient_cache import CachedPass
 from iris_hf.training.layouts import lay_out_model
 from iris_hf.training.passes import PlainPass
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from iris_hf.engine.plugins import PluginList
 from iris_hf.engine.rng import seed_generators
 from iris_hf.models.steps import as_cacheable
-from iris_hf.training.gradient_cache import CacheConfig, CachedPass
+from iris_hf.training.config import CacheConfig
+from iris_hf.training.gradient_cache import CachedPass
 from iris_hf.training.sub_batches import split
 
 
