@@ -55,7 +55,7 @@ def weight_files(folder: Path) -> list[str]:
     """The names of the safetensors that transformers loads from a folder, whether they are there or not.
 
     These are what config.json names as `transformers_weights`, else model.safetensors, else the shards of its index.
-    Odd values are left to :func:`iris_hf.models.trust.refuse_code`.
+    Odd values are left to :func:`iris_hf.models.trust.folders.refuse_code`.
     """
     named = _read_field(folder / "config.json", "transformers_weights")
     if named is not None:
