@@ -45,7 +45,7 @@ _LAYERS: dict[str, tuple[str, ...]] = {
     "SiLU": (),
     "Tanh": (),
 }
-_MODEL, _LAYER = "$model", "torch.nn."
+MODEL_KEY, _LAYER = "$model", "torch.nn."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _encode(value: Any, recipe: Recipe, name: str) -> Any:
             "Make it by a function decorated with @register_model_factory('<name>') whose arguments are JSON values."
         )
     if isinstance(value, Recipe):
-        return {_MODEL: to_json(value)}
+        return {MODEL_KEY: to_json(value)}
     if isinstance(value, dict):
         return {k: _encode(v, recipe, name) for k, v in value.items()}
     return [_encode(v, recipe, name) for v in value] if isinstance(value, list) else value
@@ -182,5 +182,5 @@ def _encode(value: Any, recipe: Recipe, name: str) -> Any:
 
 def _decode(value: Any) -> Any:
     if isinstance(value, dict):
-        return build(value[_MODEL]) if value.keys() == {_MODEL} else {k: _decode(v) for k, v in value.items()}
+        return build(value[MODEL_KEY]) if value.keys() == {MODEL_KEY} else {k: _decode(v) for k, v in value.items()}
     return [_decode(v) for v in value] if isinstance(value, list) else value

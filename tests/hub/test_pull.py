@@ -300,6 +300,8 @@ EVIL_CONFIGS = {
     ),
     "part-by-name": ({"model_type": "xcodec", "semantic_model_config": {"_name_or_path": "evil/code"}}, "'xcodec'"),
     "other-class": ({"image_processor_type": "LightGlueConfig"}, "image_processor_type='LightGlueConfig'"),
+    "classes-of-oneformer": ({"image_processor_type": "OneFormerImageProcessor"}, "image_processor_type='OneFormer"),
+    "tokenizer-of-rag": ({"model_type": "rag", "question_encoder": {"model_type": "bert"}}, "model_type='rag'"),
     "model-for-tokenizer": ({"tokenizer_class": "AutoModel"}, "tokenizer_class='AutoModel'"),
 }
 
@@ -352,8 +354,14 @@ def test_a_recipe_holds_no_configuration_that_loads(client, hub, tmp_path):
     hf = {"target_type": "detection", "class_names": ["a"], "pretrained": False}
     inner = {"factory": "create_hf_model", "arguments": {**hf, "name_or_path": EVIL_CODE}}
     changed = {**hf, "name_or_path": NO_TIMM, "config": {"backbone": "evil"}}
+    hidden = {"$model": {"factory": "create_timm_model", "arguments": {"name": "evil", "pretrained": True}}}
+    smuggled = {"factory": "torch.nn.Sequential", "arguments": {"name_or_path": hidden}}
     for i, (part, message) in enumerate(
-        [(inner, "backbone='evil/code'"), ({"factory": "create_hf_model", "arguments": changed}, "config={'backbone'")]
+        [
+            (inner, "backbone='evil/code'"),
+            ({"factory": "create_hf_model", "arguments": changed}, "config={'backbone'"),
+            (smuggled, "name_or_path={'$model'"),
+        ]
     ):
         recipe = {"factory": "make_feature_extractor_model", "arguments": {"model": {"$model": part}}}
         hub.plant(f"models/alice/in{i}", {**files, "iris_hf.json": json.dumps({"format": 1, **recipe}).encode()})
@@ -383,6 +391,29 @@ def test_a_recipe_holds_no_configuration_that_loads(client, hub, tmp_path):
         ("tokenizer_config.json", {"init_inputs": ["/etc/passwd"]}, r"would load init_inputs="),
         ("tokenizer_config.json", {"sp_model_kwargs": {"model_file": "../x"}}, r"would load model_file='../x'"),
         ("tokenizer_config.json", {"vocab": "/etc/passwd"}, r"would load vocab='/etc/passwd'"),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "AutoProcessorFastFast"},
+            r"would load tokenizer_class='AutoProcessorFastFast'",
+        ),
+        (
+            "tokenizer_config.json",
+            {"extra_special_tokens": {"auto_map": "evil/code--evil.Evil"}},
+            r"would load auto_map='evil/code--evil.Evil'",
+        ),
+        (
+            "tokenizer_config.json",
+            {"chat_template": [{"name": "../../../escaped", "template": "x"}]},
+            r"names a chat_template '../../../escaped', which is no name of a file",
+        ),
+        ("tokenizer_config.json", {"mecab_kwargs": {"mecab_option": "-d /x"}}, r"would load mecab_option='-d /x'"),
+        ("preprocessor_config.json", {"class_info_file": "/etc/x.json"}, r"would load class_info_file='/etc/x.json'"),
+        ("preprocessor_config.json", {"tesseract_config": "-c x=y"}, r"would load tesseract_config='-c x=y'"),
+        (
+            "preprocessor_config.json",
+            {"image_processor": {"auto_map": {"AutoImageProcessor": "evil/code--evil.Evil"}}},
+            r"would load auto_map=\{'AutoImageProcessor': 'evil/code--evil.Evil'\}",
+        ),
         ("tokenizer_config.json", {"tokenizer_class": "AutoVideoProcessor"}, r"would load tokenizer_class='AutoVideo"),
         ("tokenizer_config.json", {"tokenizer_class": "RagTokenizer"}, r"would load tokenizer_class='RagTokeni"),
         ("special_tokens_map.json", {"vocab_file": "/etc/passwd"}, r"would load vocab_file='/etc/passwd'"),

@@ -94,6 +94,17 @@ def test_a_tokenizer_reads_no_file_outside_its_folder(tmp_path):
         file.write_text(json.dumps(json.loads(file.read_text()) | {key: None}))
 
 
+def test_a_tokenizer_of_another_version_is_no_way_out_of_the_folder(tmp_path):
+    name = save_word_tokenizer(tmp_path / "tokens", model_max_length=10)
+    folder = tmp_path / "tokens"
+    (folder / "tokenizer.json").rename(folder / "tokenizer.4.0.0.json")
+    file = folder / "tokenizer_config.json"
+    changes = {"fast_tokenizer_files": ["tokenizer.4.0.0.json"], "tokenizer_file": "/other/tokenizer.json"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(DataError, match=r"would load tokenizer_file='/other/tokenizer.json'"):
+        create_tokenizer(name)
+
+
 def test_the_path_of_a_cache_in_an_old_tokenizer_is_no_matter(tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\ndog\n")
     content = {"tokenizer_class": "BertTokenizer", "tokenizer_file": "/root/.cache/none/tokenizer.json"}
@@ -110,6 +121,8 @@ def test_wrong_open_clip_requests_are_refused():
         create_open_clip_model("ViT-B-32", pretrained="laion")
     with pytest.raises(ConfigError, match=r"does not fit ViT-B-32: .*layer_count"):
         create_open_clip_model("ViT-B-32", config={"vision_cfg": {"layer_count": 1}})
+    with pytest.raises(ConfigError, match=r"Unknown field of an architecture of open_clip .config. 'weights_only'"):
+        create_open_clip_model("ViT-B-32", config={"weights_only": False})
     with pytest.raises(ConfigError, match="Flatten has no tokenizer"):
         create_tokenizer(nn.Flatten())
     with pytest.raises(ConfigError, match=r"'nobody/nothing' is no architecture of open_clip, and no tokenizer"):

@@ -34,6 +34,7 @@ from iris_hf.models.text_encoder import TextEncoder
 
 _RESIZE = {"shortest": "crop", "squash": "squash"}
 _PARTS = ("embed_dim", "vision_cfg", "text_cfg")
+_FIELDS = ("custom_text", "init_logit_bias", "init_logit_scale", "nonscalar_logit_scale", "quick_gelu")
 _ANY = "ViT-B-32"  # open_clip makes nothing without a name, even of a whole configuration
 _PADDED_LENGTH = 77  # of CLIP; SigLIP takes 64
 _UNKNOWN_LENGTH = 100_000  # from here on, a length is transformers' way of saying that it does not know
@@ -267,6 +268,9 @@ def _find_architecture(name: str, config: Mapping[str, Any] | None) -> dict[str,
             raise ConfigError(f"{part} must be a mapping, got {architecture[part]!r}.")
     if "multimodal_cfg" in architecture:
         raise ConfigError(f"{name} is a captioner (CoCa) rather than two towers. Choose a CLIP or SigLIP model.")
+    known = (*_PARTS, *_FIELDS)
+    for field in architecture.keys() - {*known}:
+        raise unknown_name("field of an architecture of open_clip (config)", field, known)
     architecture.pop("custom_text", None)
     return architecture
 

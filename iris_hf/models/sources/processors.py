@@ -41,7 +41,7 @@ def load_processor(source: str) -> Any:
         processor = AutoImageProcessor.from_pretrained(source, config=settings, trust_remote_code=False, **slow)
     except Exception as error:
         raise DataError(f"The image processor of {source!r} cannot be loaded: {error}") from error
-    for key in CODE_KEYS:
+    for key in (*CODE_KEYS, "image_processor"):  # a saved one would be read in place of what is around it
         processor.__dict__.pop(key, None)
     return processor
 

@@ -13,7 +13,7 @@ from iris_hf.models.trust.values import PLAIN, dicts_in, is_harmless, is_safeten
 KERNEL_KEYS = tuple(f"{part}_implementation{end}" for part in ("attn", "experts") for end in ("", "_internal"))
 """How fields of a configuration end that say which code computes attention and experts."""
 
-CODE_KEYS = ("auto_map", "custom_pipelines", "_auto_class")
+CODE_KEYS = ("auto_map", "_auto_map", "custom_pipelines", "_auto_class")
 """Fields that name code: never run, and not passed on with what is saved."""
 
 _FETCHING_TYPES = ("edgetam", "lightglue", "xcodec")

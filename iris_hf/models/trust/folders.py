@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from iris_hf.errors import DataError
-from iris_hf.models.trust.configurations import refuse_fetches
+from iris_hf.models.trust.configurations import CODE_KEYS, refuse_fetches
 from iris_hf.models.trust.values import dicts_in, is_harmless, is_safetensors, read_object, would_load
+
+_OF_PROCESSORS = ("config.json", "preprocessor_config.json", "processor_config.json")
+_FILES_OF_PROCESSORS = ("repo_path", "class_info_file", "tesseract_config", "ocr_lang")
+"""Fields from which image processors fetch or read files, or call another program."""
+
+_PATHS_OF_TOKENIZERS = ("_file", "_files", "_spm", "_path", "_dir", "mecab_option")
+_UNREAD = ("special_tokens_map_file", "name_or_path", "_name_or_path")
 
 
 def refuse_code(folder: Path) -> None:
@@ -41,12 +49,12 @@ def refuse_code(folder: Path) -> None:
         if name == "config.json":
             refuse_fetches(content, file)
         elif name == "tokenizer_config.json":
-            if not (folder / "tokenizer.json").is_file():  # transformers ignores it then: often the path of a cache
+            if not any(folder.glob("tokenizer.*json")):  # transformers ignores it then: often the path of a cache
                 content.pop("tokenizer_file", None)
             _refuse_other_vocabulary(content, file)
         elif name == "special_tokens_map.json":
             _refuse_other_than_tokens(content, file)
-        else:
+        if name in _OF_PROCESSORS:
             _refuse_other_processor(content, file)
     index = folder / "model.safetensors.index.json"
     shards = read_object(index).get("weight_map") if index.is_file() else {}
@@ -68,17 +76,26 @@ def refuse_code(folder: Path) -> None:
 def _refuse_other_classes(content: Mapping[str, Any], file: Path) -> None:
     """Make sure that classes are what their keys say: transformers makes any class of its own from such a name."""
     from transformers import ImageProcessingMixin, PreTrainedTokenizerBase
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
     kinds = {
         "image_processor_type": ImageProcessingMixin,
         "feature_extractor_type": ImageProcessingMixin,
         "tokenizer_class": PreTrainedTokenizerBase,
     }
-    for part, _ in dicts_in(content):
+    for part, is_whole in dicts_in(content):
         for key in kinds.keys() & part.keys():
             name = part[key]
             if name is not None and not (isinstance(name, str) and _is_only(name, kinds[key], key)):
                 raise would_load(file, key, name)
+        model_type = part.get("model_type")
+        of_type = TOKENIZER_MAPPING_NAMES.get(model_type) if isinstance(model_type, str) else None
+        for name in filter(None, [of_type] if isinstance(of_type, str | None) else of_type):
+            if not _is_only(name, PreTrainedTokenizerBase, "tokenizer_class"):
+                raise would_load(file, "model_type", model_type)
+        for key in () if is_whole else CODE_KEYS:
+            if part.get(key):
+                raise would_load(file, key, part[key])
 
 
 def _is_only(name: str, kind: type, key: str) -> bool:
@@ -87,7 +104,7 @@ def _is_only(name: str, kind: type, key: str) -> bool:
     from transformers.utils.import_utils import DummyObject
 
     stem = name.replace("FeatureExtractor", "ImageProcessor") if key == "feature_extractor_type" else name
-    stem = stem.removesuffix("Fast")
+    stem = re.sub(r"(Fast)+$", "", stem)  # 5.x takes off one after the other
     for candidate in (stem, f"{stem}Fast" if key == "tokenizer_class" else f"{stem}Pil"):
         found = getattr(transformers, candidate, None)
         if found is None or isinstance(found, DummyObject):  # one that raises on any use
@@ -106,18 +123,25 @@ def _refuse_other_than_tokens(content: Mapping[str, Any], file: Path) -> None:
 
 
 def _refuse_other_vocabulary(content: Mapping[str, Any], file: Path) -> None:
-    """Files are found by their names; transformers 4 takes paths from here instead."""
+    """Files are found by their names; transformers 4 takes paths from here instead, and writes templates by theirs."""
     for part, _ in dicts_in(content):
         for key, value in part.items():
-            is_file = key.endswith(("_file", "_files", "_spm")) and key != "special_tokens_map_file"
+            is_file = key.endswith(_PATHS_OF_TOKENIZERS) and key not in _UNREAD
             is_list_of_names = key == "fast_tokenizer_files" and isinstance(value, list) and is_harmless(value)
             is_path = key in ("vocab", "merges") and isinstance(value, str)
             if value and (key == "init_inputs" or is_path or (is_file and not is_list_of_names)):
                 raise would_load(file, key, value)
+    templates = content.get("chat_template")
+    if isinstance(templates, list):
+        templates = [template.get("name") if isinstance(template, dict) else template for template in templates]
+    for name in templates if isinstance(templates, list | dict) else ():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+            raise DataError(f"{str(file)!r} names a chat_template {name!r}, which is no name of a file in its folder.")
 
 
 def _refuse_other_processor(content: Mapping[str, Any], file: Path) -> None:
     for part, _ in dicts_in(content):
         for key, value in part.items():
-            if (key == "repo_path" and value) or str(value).startswith("OneFormer"):  # fetches the names of classes
+            # OneFormer's fetches the names of classes, whatever it is told.
+            if (key in _FILES_OF_PROCESSORS and value) or str(value).startswith("OneFormer"):
                 raise would_load(file, key, value)

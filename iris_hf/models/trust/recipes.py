@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from iris_hf.models.recipe import MODEL_KEY
 from iris_hf.models.trust.configurations import refuse_fetches, refuse_hints
-from iris_hf.models.trust.values import ELSEWHERE, PLAIN, would_load
+from iris_hf.models.trust.values import ELSEWHERE, PLAIN, dicts_in, would_load
 
 HERE = "."
 """What a stored recipe calls its own folder."""
@@ -51,6 +52,8 @@ def refuse_other_sources(value: Any, file: Path) -> None:
         if key in _HF_CONFIGS and isinstance(item, dict):
             refuse_fetches(item, file)
             refuse_hints(item, file)
+            if any(MODEL_KEY in part for part, _ in dicts_in(item)):  # which would be made, of whatever it names
+                raise would_load(file, key, item)
             continue
         other_tokenizer = key in _TOKENIZERS
         has_scheme = isinstance(item, str) and item.partition(":")[0].strip().lower() in _SCHEMES
