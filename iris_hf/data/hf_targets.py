@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from iris_hf.data.columns import Layout
-from iris_hf.data.images import image_size, read_image_bytes
+from iris_hf.data.images import image_size, open_image, read_image_bytes
 from iris_hf.data.targets import check_target, class_index_problem, classes_in, find_bad_box
 from iris_hf.errors import DataError
 
@@ -229,7 +228,7 @@ def _stacked_masks(stored: list[Any], layout: Layout, where: str) -> Tensor:
 def _decode_mask(data: bytes, where: str) -> Tensor:
     """Decode a mask to class indices, int32 `[height, width]`; a palette stands for its indices."""
     try:
-        image = PIL.Image.open(io.BytesIO(data))
+        image = open_image(data)
         values = np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{where}the mask cannot be decoded: {error}. Replace it or drop the example.") from error

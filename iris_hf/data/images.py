@@ -161,10 +161,27 @@ _DECODING_ERRORS = (
 )  # fmt: skip
 
 
+def open_image(data: bytes) -> PIL.Image.Image:
+    """Read the header of an encoded image; its pixels are decoded as they are asked for.
+
+    Raises:
+        DataError: If it is a program: Pillow has Ghostscript run the PostScript in a file of EPS.
+        OSError: If it is no image.
+    """
+    image = PIL.Image.open(io.BytesIO(data))
+    if image.format == "EPS":
+        raise DataError("it is EPS, a program that is not run. Convert it to PNG.")
+    return image
+
+
 def _open(source: Any, where: str) -> PIL.Image.Image:
     if isinstance(source, PIL.Image.Image):
         return source
-    return PIL.Image.open(io.BytesIO(read_image_bytes(source, where)))
+    data = read_image_bytes(source, where)
+    try:
+        return open_image(data)
+    except DataError as error:
+        raise DataError(f"{where}{_name_of(source)} cannot be decoded: {error}") from error
 
 
 def _undecodable(source: Any, error: BaseException, where: str) -> DataError:

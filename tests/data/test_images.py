@@ -6,6 +6,7 @@ import PIL.Image
 import pytest
 from data_examples import assert_same_image, encode, noise
 
+from iris_hf.data.hf_targets import _decode_mask
 from iris_hf.data.images import decode_image, encode_image, image_size, to_rgb
 from iris_hf.errors import DataError
 
@@ -120,6 +121,20 @@ def test_what_is_no_image_says_so(source, tmp_path):
     path.write_bytes(source)
     with pytest.raises(DataError, match=r"^Example 7: the image file '.*broken\.jpg'"):
         decode_image(path, "Example 7: ")
+
+
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    def run(*arguments, **options):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.Popen", run)
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n0 0 8 8 rectfill\nshowpage\n%%EOF\n"
+    (tmp_path / "drawing.png").write_bytes(data)
+    for source in (data, tmp_path / "drawing.png", {"bytes": data, "path": None}):
+        with pytest.raises(DataError, match=r"^Example 7: .*it is EPS, a program that is not run. Convert it to PNG"):
+            decode_image(source, "Example 7: ")
+    with pytest.raises(DataError, match=r"^Example 7: the mask cannot be decoded: it is EPS"):
+        _decode_mask(data, "Example 7: ")
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"])
