@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _DESCRIPTIONS = ("README.md", ".huggingface.yaml")
 """What may say which files a data set consists of."""
 
+_NETWORK = ("httpx", "httpx2")
+"""Whose errors, unlike those of requests, are no OSError."""
+
 
 class LoadedDataset(NamedTuple):
     """What loading returns.
@@ -132,18 +135,35 @@ def _load(source: str, name: str | None, revision: str | None) -> tuple[Any, Ori
 def _check_repository(repo_id: str, revision: str | None) -> str | None:
     """Check which files a repository says that it consists of, and give the commit that says so.
 
-    Where the Hub does not tell the commit, it is left to `datasets` to say why, or to take what is in its cache.
+    Where the Hub knows no such repository, or is not reached, it is left to `datasets` to say why, or to take what is
+    in its cache: nothing else could be had of it then.
+
+    Raises:
+        DataError: If the Hub fails, so that nothing could be checked, or the files are not the repository's.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     from iris_hf.data.trust import refuse_foreign_data_files
 
     api = HfApi()
     try:
-        commit = api.dataset_info(repo_id, revision=revision).sha
-    except Exception:
+        commit = api.dataset_info(repo_id, revision=revision, expand=["sha"]).sha
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
         return revision
+    except HfHubHTTPError as error:
+        raise DataError(f"The Hub does not tell which files {repo_id!r} consists of: {error}. Try again.") from error
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK:
+            return revision
+        raise
     for description in _DESCRIPTIONS:
         try:
             file = api.hf_hub_download(repo_id, description, repo_type="dataset", revision=commit)

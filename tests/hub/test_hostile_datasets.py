@@ -114,6 +114,15 @@ def test_a_description_names_files_of_the_repository_alone(name, description, pa
     assert not [request for _, request, _ in hub.requests if "meta-data" in request or "others" in request]
 
 
+def test_nothing_is_loaded_unchecked_where_the_hub_fails_for_a_moment(client, hub):
+    readme = f"---\nconfigs:\n- config_name: x\n  data_files: {hub.endpoint}/meta-data.csv\n---\n"
+    hub.plant("datasets/evil/moment", {"README.md": readme.encode(), "data/train.parquet": rows_with("0.png")})
+    hub.fail("GET", r"/api/datasets/evil/moment($|\?)", 500)
+    message = client(hub_client.why_refused, "evil/moment")
+    assert message.startswith("DataError: The Hub does not tell which files 'evil/moment' consists of: ")
+    assert not [request for _, request, _ in hub.requests if "meta-data" in request]
+
+
 def test_the_commit_that_was_checked_is_loaded(client, hub):
     table = parquet([{"image": {"bytes": encoded(8), "path": None}, "label": 0}],
                     image=datasets.Image(), label=datasets.ClassLabel(names=["a"]))  # fmt: skip
