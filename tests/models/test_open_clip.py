@@ -112,6 +112,28 @@ def test_the_path_of_a_cache_in_an_old_tokenizer_is_no_matter(tmp_path):
     assert create_tokenizer(tmp_path)(["a dog"])["input_ids"].tolist() == [[2, 5, 6, 3]]
 
 
+def test_the_path_of_a_cache_beside_a_tokenizer_is_no_matter(tmp_path):
+    name, other = (save_word_tokenizer(tmp_path / place, model_max_length=10) for place in ("tokens", "others"))
+    (tmp_path / "others" / "tokenizer.json").write_text("no tokenizer")
+    tokens = create_tokenizer(name)("a big red dog")["input_ids"].tolist()
+    file = tmp_path / "tokens" / "tokenizer_config.json"
+    for path in ("/root/.cache/none/tokenizer.json", f"{other}/tokenizer.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_file": path}))
+        tokenizer = create_tokenizer(name)
+        assert tokenizer("a big red dog")["input_ids"].tolist() == tokens
+        tokenizer.save(tmp_path / "saved")
+        assert "tokenizer_file" not in json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+
+
+def test_the_vocabulary_of_myt5_names_no_file(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MyT5Tokenizer"}))
+    (tmp_path / "map.json").write_text("{}")
+    maps = {"decompose_map": str(tmp_path / "map.json"), "merge_map": {}}
+    (tmp_path / "byte_maps.json").write_text(json.dumps(maps))
+    with pytest.raises(DataError, match=r"byte_maps.json' would load decompose_map='.*map.json'"):
+        create_tokenizer(tmp_path)
+
+
 def test_wrong_open_clip_requests_are_refused():
     with pytest.raises(ConfigError, match=r"Unknown open_clip model 'ViT-B32'. Did you mean .*'ViT-B-32'"):
         create_open_clip_model("ViT-B32")

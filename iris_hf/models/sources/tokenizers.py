@@ -9,7 +9,8 @@ from typing import Any
 from iris_hf.errors import DataError
 from iris_hf.models.sources.configurations import config_beside
 from iris_hf.models.trust.configurations import CODE_KEYS
-from iris_hf.models.trust.folders import refuse_code
+from iris_hf.models.trust.folders import own_tokenizer, refuse_code
+from iris_hf.models.trust.values import read_object
 
 _UNREAD = ("name_or_path", "special_tokens_map_file")
 """Where older versions wrote their files and folders. Nothing is read from there."""
@@ -30,7 +31,11 @@ def load_hf_tokenizer(folder: Path, wrap: Callable[..., Any] | None = None) -> A
     from transformers import AutoTokenizer
 
     refuse_code(folder)
-    loaded = (wrap or AutoTokenizer.from_pretrained)(folder, config=config_beside(folder), trust_remote_code=False)
+    file = folder / "tokenizer_config.json"
+    settings = read_object(file) if file.is_file() else {}
+    own = {"tokenizer_file": own_tokenizer(folder, settings)} if settings.get("tokenizer_file") else {}
+    load = wrap or AutoTokenizer.from_pretrained
+    loaded = load(folder, config=config_beside(folder), trust_remote_code=False, **own)
     tokenizer = loaded if wrap is None else loaded.tokenizer
     for settings in (tokenizer.init_kwargs, vars(tokenizer)):
         for key, value in settings.items():

@@ -35,6 +35,7 @@ def refuse_code(folder: Path) -> None:
         ("processor_config.json", ""),
         ("tokenizer_config.json", "tokenizer_class"),
         ("special_tokens_map.json", ""),
+        ("byte_maps.json", ""),
     ):
         file = folder / name
         content = read_object(file) if file.is_file() else {}
@@ -49,11 +50,14 @@ def refuse_code(folder: Path) -> None:
         if name == "config.json":
             refuse_fetches(content, file)
         elif name == "tokenizer_config.json":
-            if not any(folder.glob("tokenizer.*json")):  # transformers ignores it then: often the path of a cache
+            if own_tokenizer(folder, content) or not any(folder.glob("tokenizer.*json")):  # often the path of a cache
                 content.pop("tokenizer_file", None)
             _refuse_other_vocabulary(content, file)
         elif name == "special_tokens_map.json":
             _refuse_other_than_tokens(content, file)
+        elif name == "byte_maps.json":  # the vocabulary of MyT5, which reads a map from a path
+            for key in (key for key, value in content.items() if isinstance(value, str)):
+                raise would_load(file, key, content[key])
         if name in _OF_PROCESSORS:
             _refuse_other_processor(content, file)
     index = folder / "model.safetensors.index.json"
@@ -71,6 +75,17 @@ def refuse_code(folder: Path) -> None:
             f"{str(adapter)!r} describes an adapter, base_model_name_or_path={base!r}, and only what lies in the "
             "folder is loaded. Merge it into its model with peft, and save that into a folder of its own."
         )
+
+
+def own_tokenizer(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The tokenizer.json of a folder, to be loaded whatever `tokenizer_file` its settings name.
+
+    Args:
+        folder: Where it is.
+        settings: What tokenizer_config.json holds. None if it lists tokenizers for several versions.
+    """
+    file = folder / "tokenizer.json"
+    return str(file) if file.is_file() and not settings.get("fast_tokenizer_files") else None
 
 
 def _refuse_other_classes(content: Mapping[str, Any], file: Path) -> None:
