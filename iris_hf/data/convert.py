@@ -25,6 +25,7 @@ from iris_hf.data.columns import IGNORE_INDEX, features_for
 from iris_hf.data.images import encode_image, image_size
 from iris_hf.data.read_targets import locate
 from iris_hf.data.targets import check_target
+from iris_hf.data.workers import worker_context
 from iris_hf.errors import ConfigError, DataError, failure_of, require_integer, require_names, unknown_name
 from iris_hf.types import TARGET_TYPES, TargetType
 
@@ -283,11 +284,13 @@ def _num_image_bytes(row: dict[str, Any]) -> int:
 
 def _encoded_rows(dataset: Any, encode: _Encoder, num_proc: int) -> Iterator[dict[str, Any]]:
     """Encode all examples in order, in worker processes if there are to be several."""
+    num_workers = num_proc if num_proc > 1 else 0
     loader = torch.utils.data.DataLoader(
         _Chunks(dataset, encode),
         batch_size=None,
         collate_fn=_unchanged,
-        num_workers=num_proc if num_proc > 1 else 0,
+        num_workers=num_workers,
+        multiprocessing_context=worker_context(num_workers),
         generator=torch.Generator(),  # leaves the caller's random state alone
     )
     failure = None

@@ -8,10 +8,8 @@ Streams, which are read forward, come in by the same door: :mod:`iris_hf.engine.
 from __future__ import annotations
 
 import copy
-import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence, Sized
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -22,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from iris_hf.data.collate import collate
 from iris_hf.data.targets import check_target
 from iris_hf.data.transforms import as_pair_transform
+from iris_hf.data.workers import outlive_sigterm, worker_context
 from iris_hf.engine.accelerator import available_cores
 from iris_hf.engine.rng import COLLATE, EXAMPLE, ORDER, mix, preserve_generators, probe_generators, seed_generators
 from iris_hf.errors import ConfigError, DataError, failure_of
@@ -464,31 +463,9 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=outlive_sigterm,
+        multiprocessing_context=worker_context(num_workers),
     )
-
-
-def _outlive_sigterm(_: int) -> None:
-    """Leave it to the loop when to end: launchers send SIGTERM to a process and all that it has started."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@contextmanager
-def closing_workers(loader: DataLoader[Any] | None) -> Iterator[None]:
-    """End the loader's processes with the block, also when it fails.
-
-    Left to the garbage collector they stay as long as somebody holds the exception, and a process that is forked
-    meanwhile takes a copy of their queues along and waits for them when it ends.
-    """
-    try:
-        yield
-    finally:
-        iterator: Any = getattr(loader, "_iterator", None)
-        if iterator is not None:
-            iterator._shutdown_workers()
-            for worker in getattr(iterator, "_workers", ()):
-                if worker.is_alive():
-                    worker.kill()
 
 
 def to_device(data: Any, device: torch.device) -> Any:

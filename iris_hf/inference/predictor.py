@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from iris_hf.data.workers import closing_workers
 from iris_hf.engine.accelerator import Device, needs_local_workers, open_accelerator
 from iris_hf.engine.launch import run_in_workers
 from iris_hf.engine.loader import (
     Examples,
     Failure,
     OrderedBatches,
-    closing_workers,
     make_loader,
     map_nested,
     to_device,

@@ -14,9 +14,10 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 from torch.utils.data import Dataset
 
+from iris_hf.data.workers import closing_workers
 from iris_hf.engine.accelerator import Device, agree_on_seed, draw_seed, needs_local_workers, open_accelerator
 from iris_hf.engine.launch import run_in_workers
-from iris_hf.engine.loader import Examples, Source, TargetCheck, closing_workers, make_loader
+from iris_hf.engine.loader import Examples, Source, TargetCheck, make_loader
 from iris_hf.engine.plans import batches_once, training_batches
 from iris_hf.engine.plugins import Plugin, PluginList, load_plugins
 from iris_hf.engine.rng import STEP, mix, preserve_generators, seed_generators
