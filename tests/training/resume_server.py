@@ -1,9 +1,11 @@
 """Run by a test: forks runs of resume_run.py on command, so that none has to import torch again.
 
 Every line of standard input is a command in JSON. `{"out", "arguments", "num_processes"}` starts the ranks of a run, in
-a process group each, and answers with their ids; `"wait"` answers with their exit codes, once all have ended.
+a process group each, and answers with their ids; `"wait"` answers with their exit codes, once all have ended. A rank
+that hangs says where, and ends.
 """
 
+import faulthandler
 import json
 import os
 import socket
@@ -13,6 +15,9 @@ from typing import Any
 
 import accelerate  # noqa: F401  # what a run would import
 import resume_run
+
+LIMIT = 200
+"""Seconds that a rank may take, a hundred times what it takes on an idle machine."""
 
 
 def start(out: str, arguments: dict[str, Any], num_processes: int) -> list[int]:
@@ -24,6 +29,7 @@ def start(out: str, arguments: dict[str, Any], num_processes: int) -> list[int]:
         process = os.fork()
         if process == 0:
             os.setpgid(0, 0)
+            faulthandler.dump_traceback_later(LIMIT, exit=True)
             if num_processes > 1:
                 world = {
                     "RANK": rank,

@@ -251,6 +251,7 @@ class Server:
     """Starts runs without importing torch each time; see resume_server.py."""
 
     def __init__(self, log: Path) -> None:
+        self.log = log
         script = Path(__file__).with_name("resume_server.py")
         with open(log, "w") as stderr:
             self.process = subprocess.Popen(
@@ -272,7 +273,7 @@ class Server:
 
     def run(self, out: Path, arguments: dict[str, Any], num_processes: int) -> None:
         self.ask({"out": str(out), "arguments": arguments, "num_processes": num_processes})
-        assert self.ask("wait") == [0] * num_processes
+        assert self.ask("wait") == [0] * num_processes, self.log.read_text()
 
 
 @pytest.fixture(scope="module")
